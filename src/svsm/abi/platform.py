@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""Platform: what the kernel sees of the hardware, and the only way it reaches it.
+
+The kernel is the same code on the simulated chip and in a real confidential VM; the driver below this interface
+knows how a page is validated, how a report is fetched (encrypted guest messages here, /dev/sev-guest in an
+appliance) and how a lower privilege level is run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import socket
+from collections.abc import Mapping
+from typing import NewType, Protocol
+
+from svsm.formats.record import Buffer
+
+__all__ = ["PAGE_SIZE", "AttestationReport", "Gpa", "GuestExit", "Permission", "Platform", "Vmpl"]
+
+Gpa = NewType("Gpa", int)
+"""Guest physical address, in bytes."""
+
+Vmpl = NewType("Vmpl", int)
+"""Virtual machine privilege level, 0 (most) to 3."""
+
+PAGE_SIZE = 4096
+
+
+class Permission(enum.IntFlag):
+    """RMP permissions of one VMPL on one page (AMD 24593 §15.36.7; RMPADJUST attribute bits 8 to 11)."""
+
+    NONE = 0
+    READ = 1
+    WRITE = 2
+    EXECUTE_USER = 4
+    EXECUTE_SUPERVISOR = 8
+    ALL = 15
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AttestationReport:
+    """An attestation report and the certificates that the host offered with it."""
+
+    report: bytes
+    """1184 bytes, AMD 56860 table 23."""
+    certificates: bytes
+    """A certificate table (AMD 56421 §4.1.8.1), b"" when the host gave none; untrusted."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GuestExit:
+    """Why a lower privilege level stopped running."""
+
+    exit_code: int
+    """VMSA.guest_exit_code; 0x403 is VMGEXIT."""
+    exit_info_1: int
+    exit_info_2: int
+
+
+class Platform(Protocol):
+    """One confidential VM's hardware, as VMPL0 sees it.
+
+    Memory errors (not validated, not assigned, wrong size) raise `ProtocolError` with a ``platform-*`` code; the
+    hardware instruction codes that the protocols report to the guest travel in ``details["instruction_code"]``.
+    """
+
+    def read(self, gpa: Gpa, length: int) -> bytes:
+        """Bytes of validated private, VMPL2 or shared memory."""
+
+    def write(self, gpa: Gpa, data: Buffer) -> None:
+        """Store bytes; the page must be validated, or shared."""
+
+    def validate(self, gpa: Gpa, *, size_bytes: int, validated: bool) -> bool:
+        """PVALIDATE one page of 4 KiB or 2 MiB. Returns False when it was in that state already (carry flag)."""
+
+    def adjust(self, gpa: Gpa, *, size_bytes: int, vmpl: Vmpl, permissions: Permission, vmsa: bool) -> None:
+        """RMPADJUST: set what `vmpl` may do with one page."""
+
+    def report(self, report_data: bytes) -> AttestationReport:
+        """A VMPL0 report over `report_data` (64 bytes), signed by the chip."""
+
+    def run_guest(self, vmsa_gpa: Gpa) -> None:
+        """Let the vCPU whose VMSA this is run; its exit arrives as an event of `guest_exit`."""
+
+    def guest_exit(self) -> GuestExit | None:
+        """The exit of the running vCPU, or None while it runs. `fileno` polls readable when there is one."""
+
+    def spawn(self, service: str, archive: Buffer, parameters: Mapping[str, str]) -> socket.socket:
+        """Start a confined user-mode process from `archive`; returns the kernel's end of its syscall socket."""
+
+    def fileno(self) -> int:
+        """Readable when the hardware has an event for the kernel."""
+
+    def terminate(self, reason: str) -> None:
+        """Ask the hardware to end this VM; `reason` is for the host's log and must not be secret."""
