@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""`svsm`: the command line. One place parses the words, prints errors and picks the exit code.
+
+A command group is a module named in `_GROUPS`, imported only when its name is on the command line, so that no
+command pays for the imports of another. Results go to stdout, everything else to stderr. Exit codes: 0 done,
+1 failed, 2 usage, 3 refused or verification failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+from svsm import __version__
+from svsm.formats.errors import SvsmError
+
+__all__ = ["main"]
+
+_GROUPS = {
+    "boot": "build, measure, launch, attest, and serve a TPM: the main job",
+    "status": "what runs on a state directory",
+    "stop": "stop what runs on a state directory",
+    "igvm": "build, inspect and measure IGVM images",
+    "report": "show and verify SEV-SNP attestation reports",
+    "machine": "the simulated SEV-SNP machine's identity",
+    "broker": "the volume owner's key broker",
+    "proxy": "relay a VM's serial line to a broker",
+    "volume": "look into CocoonFS volumes offline",
+    "tcb": "list what the measured payload consists of",
+    "explain": "cause and cure of an error code",
+}
+
+
+class _Group(Protocol):
+    def configure(self, parser: argparse.ArgumentParser) -> None:
+        """Add the group's verbs; each verb's parser sets `run`."""
+
+
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="svsm",
+        description="A Secure VM Service Module and its tools. Start with: svsm boot",
+    )
+    parser.add_argument("--version", action="version", version=f"svsm {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    groups = parser.add_subparsers(dest="group", metavar="COMMAND", required=True)
+    chosen = next((word for word in words if not word.startswith("-")), None)
+    for name, summary in _GROUPS.items():
+        group = groups.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name == chosen:
+            cast(_Group, importlib.import_module(f"svsm.cli.{name}")).configure(group)
+    return parser
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        words: The arguments; the process's own when None.
+
+    Returns:
+        The exit code.
+    """
+    words = sys.argv[1:] if words is None else words
+    arguments = _parser(words).parse_args(words)
+    try:
+        return cast(int, arguments.run(arguments))
+    except SvsmError as error:
+        if arguments.debug:
+            raise
+        _print_error(error, as_json=getattr(arguments, "json", False))
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader of our output went away, which is its right; do not complain again while exiting.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _print_error(error: SvsmError, *, as_json: bool) -> None:
+    if as_json:
+        shown = {
+            "schema": 1,
+            "event": "error",
+            "code": error.code,
+            "message": error.message,
+            "hint": error.hint,
+            "details": {
+                name: value.hex() if isinstance(value, bytes) else value for name, value in error.details.items()
+            },
+        }
+        print(json.dumps(shown), flush=True)
+    print(f"error: {error} [{error.code}]", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {error.hint}", file=sys.stderr)
+    print(f"more: svsm explain {error.code}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
