@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""What the kernel and the untrusted host say to each other: GHCB exits (AMD 56421) and devices.
+
+A real guest writes a GHCB page in shared memory and executes VMGEXIT. The simulated kernel has no such instruction:
+it sends the same values (exit code, the two info words, RAX, RBX) as one `Message` of kind `EXIT`, and the host
+answers with the info words and RBX. Buffers stay where the specification puts them: guest messages, certificate
+tables and page-state-change lists are in shared pages, named by their gpa. A VMPL2 guest uses the MSR protocol.
+
+Host → kernel `DEVICE` messages carry one descriptor each. Nothing in any of them is believed: not the numbers, not
+the kind of the descriptor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import Final
+
+from svsm.formats.errors import FormatError
+from svsm.formats.record import U16, U32, Buffer, Record, record
+
+__all__ = [
+    "ANSWER_INFO_1",
+    "ANSWER_INFO_2",
+    "ANSWER_RBX",
+    "GHCB_MSR",
+    "PSC_LIST_BYTES",
+    "PSC_MAX_ENTRIES",
+    "DeviceKind",
+    "ExitCode",
+    "HostMessage",
+    "MsrProtocol",
+    "PageOperation",
+    "PageStateEntry",
+    "VmmError",
+    "msr_run_vmpl",
+    "msr_run_vmpl_target",
+    "pack_page_states",
+    "parse_page_states",
+    "split_guest_request_result",
+]
+
+GHCB_MSR: Final = 0xC001_0130
+
+ANSWER_INFO_1: Final = 0
+ANSWER_INFO_2: Final = 1
+ANSWER_RBX: Final = 2
+"""Positions in an EXIT answer's arguments."""
+
+
+class HostMessage(enum.IntEnum):
+    """Kernel ↔ host."""
+
+    EXIT = 0x401
+    """From the kernel: exit code, info 1, info 2, RAX, RBX. Answer: info 1, info 2, RBX."""
+    DEVICE = 0x402
+    """From the host, one descriptor: `DeviceKind`, index (which TPM or disk), port (0 control or only, 1 data)."""
+
+
+class DeviceKind(enum.IntEnum):
+    """What a DEVICE message's descriptor is said to be."""
+
+    SERIAL = 1
+    """A connected stream to the attestation proxy."""
+    DISK = 2
+    """An open disk file."""
+    CLIENT = 3
+    """A connected client of a TPM's socket front."""
+
+
+class ExitCode(enum.IntEnum):
+    """GHCB exit codes that the machine knows (AMD 56421 table 7); VMEXIT codes of a VMPL2 guest."""
+
+    INTR = 0x60
+    SHUTDOWN = 0x7F
+    NPF = 0x400
+    VMGEXIT = 0x403
+    PAGE_STATE_CHANGE = 0x8000_0010
+    GUEST_REQUEST = 0x8000_0011
+    EXT_GUEST_REQUEST = 0x8000_0012
+    AP_CREATE = 0x8000_0013
+    RUN_VMPL = 0x8000_0018
+    TERMINATION = 0x8000_FFFF
+    """Not AMD's (there, only the MSR protocol terminates): info 1 = reason set and code; a text is in shared memory
+    at info 2, length RAX."""
+
+
+class VmmError(enum.IntEnum):
+    """High dword of SW_EXITINFO2 after a guest request (AMD 56421 §4.1.7)."""
+
+    NONE = 0
+    INVALID_LENGTH = 1
+    """The certificate table needs more pages; RBX says how many."""
+    BUSY = 2
+
+
+class MsrProtocol(enum.IntEnum):
+    """Low 12 bits of the GHCB MSR (AMD 56421 §2.3.1)."""
+
+    RUN_VMPL_REQUEST = 0x016
+    RUN_VMPL_RESPONSE = 0x017
+    TERMINATE = 0x100
+
+
+def msr_run_vmpl(vmpl: int) -> int:
+    """The GHCB MSR value by which a guest asks to run another VMPL."""
+    return (vmpl << 32) | MsrProtocol.RUN_VMPL_REQUEST
+
+
+def msr_run_vmpl_target(value: int) -> int | None:
+    """The VMPL asked for, or None when the value is not a RUN_VMPL request."""
+    if value & 0xFFF != MsrProtocol.RUN_VMPL_REQUEST or value >> 40 or (value >> 12) & 0xFFFFF:
+        return None
+    return (value >> 32) & 0xFF
+
+
+def split_guest_request_result(info_2: int) -> tuple[int, int]:
+    """(firmware status, VMM status) of SW_EXITINFO2."""
+    return info_2 & 0xFFFF_FFFF, info_2 >> 32
+
+
+class PageOperation(enum.IntEnum):
+    """Operation of a page-state-change entry."""
+
+    PRIVATE = 1
+    SHARED = 2
+    PSMASH = 3
+    UNSMASH = 4
+
+
+@record(size=8, byte_order="little")
+class _PscHeader(Record):
+    current: U16
+    end: U16
+    reserved_04: U32
+
+
+PSC_MAX_ENTRIES: Final = 253
+PSC_LIST_BYTES: Final = 8 + 8 * PSC_MAX_ENTRIES
+_ENTRY_RESERVED: Final = ~((1 << 57) - 1) & ((1 << 64) - 1)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PageStateEntry:
+    """One page of a page-state-change list."""
+
+    gpa: int
+    """Byte address, a multiple of the page size."""
+    operation: PageOperation
+    large: bool
+    """2 MiB instead of 4 KiB."""
+
+
+def pack_page_states(entries: list[PageStateEntry]) -> bytes:
+    """A page-state-change list (AMD 56421 §4.1.6), unused entries absent.
+
+    Raises:
+        FormatError: ``ghcb-page-states`` for no or more than 253 entries, or an address out of range.
+    """
+    if not 0 < len(entries) <= PSC_MAX_ENTRIES:
+        raise FormatError("a page-state list has an impossible length", code="ghcb-page-states", got=len(entries))
+    words = [_PscHeader(0, len(entries) - 1, 0).pack()]
+    for entry in entries:
+        if entry.gpa & 0xFFF or not 0 <= entry.gpa < 1 << 52:
+            raise FormatError("a page-state entry's address is impossible", code="ghcb-page-states", got=entry.gpa)
+        word = entry.gpa | (entry.operation << 52) | (int(entry.large) << 56)
+        words.append(word.to_bytes(8, "little"))
+    return b"".join(words)
+
+
+def parse_page_states(data: Buffer) -> list[PageStateEntry]:
+    """Decode the entries `current`..`end` of a list; `data` may be longer than the list.
+
+    Raises:
+        FormatError: ``ghcb-page-states``, ``record-truncated``.
+    """
+    header = _PscHeader.parse_at(data, 0)
+    if header.end >= PSC_MAX_ENTRIES or header.current > header.end or header.reserved_04:
+        raise FormatError("a page-state header is impossible", code="ghcb-page-states", got=header.end)
+    if len(data) < 8 + 8 * (header.end + 1):
+        raise FormatError("a page-state list is cut short", code="ghcb-page-states", got=len(data))
+    entries = []
+    for index in range(header.current, header.end + 1):
+        word = int.from_bytes(data[8 + 8 * index : 16 + 8 * index], "little")
+        operation = (word >> 52) & 0xF
+        # Bits 11:0 are the progress cursor of a 2 MiB page; a list that was not started has none.
+        if word & _ENTRY_RESERVED or word & 0xFFF or operation not in PageOperation.__members__.values():
+            raise FormatError("a page-state entry is impossible", code="ghcb-page-states", offset=8 + 8 * index)
+        entries.append(PageStateEntry(word & ((1 << 52) - 1) & ~0xFFF, PageOperation(operation), bool(word >> 56 & 1)))
+    return entries
