@@ -93,6 +93,8 @@ class ExitCode(enum.IntEnum):
     NESTED_PAGE_FAULT = 0x400
     """exit_info_1: `NestedFault` bits; exit_info_2: the GPA."""
     VMGEXIT = 0x403
+    INVALID = 0xFFFF_FFFF_FFFF_FFFF
+    """The registers of RUN are no state that this vCPU can execute: it knows 64-bit mode with paging only."""
 
 
 class NestedFault(enum.IntFlag):
