@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""An IGVM file as a value: headers in file order and the file data they point into.
+
+`IgvmFile.parse` takes the file apart strictly and then checks it (`svsm.formats.igvm.validate`); an object that
+exists has passed. Offsets in the bodies stay what they are in the file, so ``parse(x).pack() == x`` holds for
+every accepted file, whoever wrote it, and the digest loop can recognise shared data by its offset.
+
+Strict on purpose, where Microsoft's reader is lenient: no gap between fixed and variable headers, zero padding, and
+no header type that this code does not know, not even one marked optional: a measurement that skipped something
+would be a measurement of another guest. Lenient on purpose: a file without file data (the format allows it), data
+that no header uses, data at odd offsets, mask bits that no platform has (COCONUT's builder writes those).
+
+The checksum covers headers only; damaged file data shows as another launch digest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Iterator
+from typing import Final, Self
+
+from svsm.formats.errors import FormatError
+from svsm.formats.igvm.layout import (
+    BODY_TYPES,
+    MAGIC,
+    OPTIONAL_BIT,
+    PAGE_SIZE,
+    FixedHeaderV1,
+    FixedHeaderV2,
+    HeaderHead,
+    HeaderType,
+    PlatformType,
+    SupportedPlatform,
+)
+from svsm.formats.record import Buffer, Record
+
+__all__ = ["MAX_HEADER_BYTES", "Header", "IgvmFile"]
+
+MAX_HEADER_BYTES: Final = 64 << 20
+"""Upper bound for the variable header section: two million page headers, eight GiB of guest memory."""
+
+_FIXED: Final[dict[int, type[FixedHeaderV1] | type[FixedHeaderV2]]] = {1: FixedHeaderV1, 2: FixedHeaderV2}
+_BODIES: Final = {int(kind): (kind, body) for kind, body in BODY_TYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Header:
+    """One variable header."""
+
+    kind: HeaderType
+    body: Record
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class IgvmFile:
+    """A checked IGVM file.
+
+    Args:
+        format_version: 1 or 2.
+        headers: In file order, which is the launch order.
+        data: The file data section, everything after the variable headers.
+    """
+
+    format_version: int
+    headers: tuple[Header, ...]
+    data: memoryview = dataclasses.field(repr=False)
+
+    @classmethod
+    def parse(cls, image: Buffer) -> Self:
+        """Read and check a whole file.
+
+        Args:
+            image: The file. It is not copied: it must not change while the result is in use.
+
+        Raises:
+            FormatError: With an ``igvm-*`` code; ``igvm-unsupported-header`` for a header type not known here.
+        """
+        from svsm.formats.igvm.validate import validate
+
+        view = memoryview(image).cast("B").toreadonly()
+        fixed = _parse_fixed(view)
+        start = fixed.variable_header_offset
+        end = start + fixed.variable_header_size
+        headers = tuple(_parse_headers(view[start:end], start))
+        made = cls(fixed.format_version, headers, view[end:])
+        validate(made)
+        return made
+
+    def pack(self) -> bytes:
+        """The file's bytes, with a fresh checksum.
+
+        Raises:
+            FormatError: ``igvm-size`` when the file would not fit its 32-bit sizes; ``record-width``.
+        """
+        section = b"".join(_pack_header(header) for header in self.headers)
+        kind = _FIXED[self.format_version]
+        total = kind.SIZE + len(section) + len(self.data)
+        if total >= 1 << 32 or len(section) > MAX_HEADER_BYTES:
+            raise FormatError("the file is too large for the format", code="igvm-size", got=total)
+        words = (MAGIC, self.format_version, kind.SIZE, len(section), total)
+        if kind is FixedHeaderV2:
+            blank = FixedHeaderV2(*words, 0, 0, PAGE_SIZE).pack()
+        else:
+            blank = FixedHeaderV1(*words, 0).pack()
+        checksum = zlib.crc32(section, zlib.crc32(blank))
+        return blank[:20] + checksum.to_bytes(4, "little") + blank[24:] + section + bytes(self.data)
+
+    @property
+    def data_start(self) -> int:
+        """Offset of `data` in the file: what `file_offset` values are relative to, negatively speaking."""
+        fixed = _FIXED[self.format_version].SIZE
+        return fixed + sum(packed_size_bytes(header.body.SIZE) for header in self.headers)
+
+    def data_at(self, file_offset: int, length: int, *, start: int) -> memoryview:
+        """`length` bytes of file data at `file_offset`.
+
+        Args:
+            file_offset: From the start of the file.
+            length: Bytes.
+            start: `data_start`, which the caller computes once.
+
+        Raises:
+            FormatError: ``igvm-data-range`` when they are not all inside the file data.
+        """
+        first = file_offset - start
+        if first < 0 or length < 0 or first + length > len(self.data):
+            raise FormatError(
+                "a header points outside the file data",
+                code="igvm-data-range",
+                offset=file_offset,
+                expected=length,
+                got=max(0, len(self.data) - max(first, 0)),
+            )
+        return self.data[first : first + length]
+
+    def platforms(self) -> Iterator[SupportedPlatform]:
+        """The platforms, in file order."""
+        return (header.body for header in self.headers if isinstance(header.body, SupportedPlatform))
+
+    def platform(self, kind: PlatformType) -> SupportedPlatform:
+        """The entry of one platform.
+
+        Raises:
+            FormatError: ``igvm-no-platform`` when the file is not for that platform.
+        """
+        for platform in self.platforms():
+            if platform.platform_type == kind:
+                return platform
+        raise FormatError(f"the file has no {kind.name} platform", code="igvm-no-platform", expected=kind.name)
+
+
+def packed_size_bytes(length: int) -> int:
+    """Size of a variable header whose body has `length` bytes: head, body, padding to 8."""
+    return HeaderHead.SIZE + length + (-length % 8)
+
+
+def _pack_header(header: Header) -> bytes:
+    body = header.body.pack()
+    return HeaderHead(header.kind, len(body)).pack() + body + bytes(-len(body) % 8)
+
+
+def _parse_fixed(view: memoryview) -> FixedHeaderV1 | FixedHeaderV2:
+    first = FixedHeaderV1.parse_at(view, 0)
+    if first.magic != MAGIC:
+        raise FormatError("this is not an IGVM file", code="igvm-magic", expected=MAGIC, got=first.magic)
+    kind = _FIXED.get(first.format_version)
+    if kind is None:
+        raise FormatError("unknown IGVM format version", code="igvm-version", got=first.format_version)
+    fixed = kind.parse_at(view, 0)
+    if fixed.total_file_size != len(view):
+        raise FormatError(
+            "the file does not have the size that it states",
+            code="igvm-size",
+            expected=fixed.total_file_size,
+            got=len(view),
+        )
+    if fixed.variable_header_offset != kind.SIZE:
+        raise FormatError(
+            "the variable headers do not follow the fixed header",
+            code="igvm-header-gap",
+            expected=kind.SIZE,
+            got=fixed.variable_header_offset,
+        )
+    size = fixed.variable_header_size
+    if size > min(MAX_HEADER_BYTES, len(view) - kind.SIZE) or size % 8:
+        raise FormatError("the variable header section has an impossible size", code="igvm-size", got=size)
+    _check_checksum(view, fixed, kind.SIZE)
+    if isinstance(fixed, FixedHeaderV2) and (fixed.architecture, fixed.page_size) != (0, PAGE_SIZE):
+        raise FormatError(
+            "only x64 files with 4 KiB pages are supported",
+            code="igvm-unsupported-architecture",
+            architecture=fixed.architecture,
+            page_size=fixed.page_size,
+        )
+    return fixed
+
+
+def _check_checksum(view: memoryview, fixed: FixedHeaderV1 | FixedHeaderV2, fixed_size: int) -> None:
+    blank = fixed.replace(checksum=0).pack()
+    section = view[fixed_size : fixed_size + fixed.variable_header_size]
+    checksum = zlib.crc32(section, zlib.crc32(blank))
+    if checksum != fixed.checksum:
+        raise FormatError(
+            "the header checksum does not match", code="igvm-checksum", expected=checksum, got=fixed.checksum
+        )
+
+
+def _parse_headers(section: memoryview, start: int) -> Iterator[Header]:
+    """Yields the variable headers of `section`, which starts at file offset `start`."""
+    position = 0
+    previous = 0
+    head_at = HeaderHead.parse_at
+    while position < len(section):
+        head = head_at(section, position)
+        known = _BODIES.get(head.header_type)
+        if known is None:
+            raise _unsupported(head, start + position)
+        kind, body = known
+        if head.length != body.SIZE:
+            raise FormatError(
+                f"a {kind.name} header has the wrong length",
+                code="igvm-header-length",
+                offset=start + position,
+                expected=body.SIZE,
+                got=head.length,
+            )
+        section_number = kind >> 8
+        if section_number < previous:
+            raise FormatError(
+                f"a {kind.name} header comes after a later section", code="igvm-header-order", offset=start + position
+            )
+        previous = section_number
+        body_at = position + HeaderHead.SIZE
+        yield Header(kind, body.parse_at(section, body_at))
+        position = body_at + head.length
+        padding = section[position : position + (-head.length % 8)]
+        if any(padding):
+            raise FormatError("header padding is not zero", code="igvm-padding", offset=start + position)
+        position += len(padding)
+
+
+def _unsupported(head: HeaderHead, offset: int) -> FormatError:
+    return FormatError(
+        "the file has a header of a type that is not supported",
+        code="igvm-unsupported-header",
+        hint="it is not skipped, because what it asks of the loader would not be in the measurement",
+        offset=offset,
+        header_type=head.header_type,
+        optional=bool(head.header_type & OPTIONAL_BIT),
+    )
