@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""The handful of C calls that Python has no name for: prctl, and raw system calls.
+
+Everything goes through `syscall(2)`, so that no symbol must exist in the libc at hand. Errors come back as negative
+errno values, as the kernel returns them: the callers decide what a refusal means.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+from collections.abc import Callable, Iterator
+
+__all__ = ["buffer", "prctl", "syscall"]
+
+_PRCTL = 157
+
+
+@functools.cache
+def _entry() -> Callable[..., int]:
+    function = ctypes.CDLL(None, use_errno=True).syscall
+    function.restype = ctypes.c_long
+    return function
+
+
+def syscall(number: int, *arguments: int) -> int:
+    """Make a raw system call.
+
+    Args:
+        number: The x86-64 number.
+        arguments: Up to six 64-bit values.
+
+    Returns:
+        The kernel's answer, or minus the errno.
+    """
+    answer = _entry()(ctypes.c_long(number), *(ctypes.c_ulong(value & (2**64 - 1)) for value in arguments))
+    return -ctypes.get_errno() if answer == -1 else answer
+
+
+def prctl(option: int, argument: int = 0, third: int = 0) -> int:
+    """prctl(2) with the unused arguments zero; the answer, or minus the errno."""
+    return syscall(_PRCTL, option, argument, third, 0, 0)
+
+
+@contextlib.contextmanager
+def buffer(data: bytes) -> Iterator[int]:
+    """The address of a writable copy of `data`, valid inside the with block."""
+    holder = ctypes.create_string_buffer(data, len(data))
+    yield ctypes.addressof(holder)
