@@ -43,7 +43,7 @@ def amd_certificates(line: Line) -> tuple[Certificate, Certificate, Certificate]
     Raises:
         IntegrityError: ``root-shipped`` when the package data is not what is pinned.
     """
-    data = importlib.resources.files(__package__).joinpath("roots", f"{line.value.lower()}.pem").read_bytes()
+    data = importlib.resources.files(__name__).joinpath(f"{line.value.lower()}.pem").read_bytes()
     by_name = {certificate.subject.common_name: certificate for certificate in certificates_from(data)}
     names = (f"ARK-{line}", f"SEV-{line}", f"SEV-VLEK-{line}")
     found = tuple(by_name[name] for name in names if name in by_name)
