@@ -15,9 +15,9 @@ def _raised_codes() -> dict[str, str]:
     codes: dict[str, str] = {}
     for path in sorted((_ROOT / "src").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.keyword) and node.arg == "code" and isinstance(node.value, ast.Constant):
-                if isinstance(node.value.value, str):
-                    codes[node.value.value] = f"{path.relative_to(_ROOT)}:{node.value.lineno}"
+            match node:
+                case ast.keyword(arg="code", value=ast.Constant(value=str(code))):
+                    codes[code] = f"{path.relative_to(_ROOT)}:{node.value.lineno}"
     return codes
 
 
