@@ -22,7 +22,7 @@ from typing import Literal
 from svsm.abi.descriptors import client_socket
 from svsm.abi.syscall import MAX_COMMAND_BYTES, MAX_FILE_BYTES, Endpoint, Event, EventKind, Transport
 from svsm.formats.errors import BackendError, PolicyError, ProtocolError, StateError, SvsmError
-from svsm.formats.tpm import EK_NAME_BYTES, MIN_COMMAND_BYTES, failure_response
+from svsm.formats.tpm import EK_NAME_BYTES, MIN_COMMAND_BYTES, RC_COMMAND_SIZE, failure_response
 from svsm.kernel.events import EventLoop, Timer
 from svsm.kernel.objects import EventQueue, FileObject, FileStore, KernelObject, QueuedEvent, SinkObject
 from svsm.kernel.processes import Process, ProcessTable
@@ -168,6 +168,23 @@ class TpmService:
         self._push(
             QueuedEvent(Event(EventKind.COMMAND, command_id=command_id, locality=locality, command=bytes(command)))
         )
+
+    def powered_on(self) -> bool:
+        """Whether commands are taken: a TPM in failure mode is on, and answers that itself."""
+        return self.front == "svsm" and self._stopping is None
+
+    def submit(self, command: bytes, done: Callable[[bytes | None], None]) -> None:
+        """`execute` for the SVSM protocol: never raises; `done` gets None when there will be no response.
+
+        A command that is shorter than a header gets the TPM's own answer to that, TPM_RC_COMMAND_SIZE.
+        """
+        if len(command) < MIN_COMMAND_BYTES:
+            self._loop.call_soon(lambda: done(failure_response(RC_COMMAND_SIZE)))
+            return
+        try:
+            self.execute(command, done)
+        except SvsmError:
+            self._loop.call_soon(lambda: done(None))
 
     def guest_reset(self) -> None:
         """The guest that this TPM belongs to was reset: the TPM's power cycle. Front ``svsm`` only.

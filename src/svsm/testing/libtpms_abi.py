@@ -43,8 +43,6 @@ uint32_t TPM_IO_Hash_End(void);
 uint32_t TPM_IO_TpmEstablished_Get(unsigned char *established);
 uint32_t TPM_IO_TpmEstablished_Reset(void);
 void *malloc(size_t size);
-void *mmap(void *address, size_t length, int protection, int flags, int descriptor, long offset);
-void Py_IncRef(void *object);
 """
 
 _HEADER = """\

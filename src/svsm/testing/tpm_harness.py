@@ -35,7 +35,7 @@ from svsm.kernel.tpm import TpmService, tpm_state_inode
 __all__ = ["Harness", "PathFileStore", "spawn_unconfined"]
 
 _CHILD = (
-    "import sys, json; from svsm.services.vtpm import main; sys.exit(main(int(sys.argv[1]), json.loads(sys.argv[2])))"
+    "import sys, json; from svsm.services.vtpm import run; sys.exit(run(int(sys.argv[1]), json.loads(sys.argv[2])))"
 )
 
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """The vTPM service: libtpms in a process of its own, which has a syscall socket and nothing else.
 
-A loader calls `prime` before it locks the process down (the library is loaded and its callbacks get their machine
-code there), and `main` after. `main` opens three objects of the kernel: ``events``, ``state`` (the TPM's file) and
-``log``, and announces the TPM's EK name on ``announce`` when it is ready to serve.
+The measured loader calls `main` in a process that is locked down. The service opens three objects of the kernel by
+name: ``events``, ``state`` (the TPM's file) and ``log``, and announces the TPM's EK name on ``announce`` when it is
+ready to serve.
 
 Parameters (all text): ``front`` = ``socket`` | ``svsm``; ``start`` = ``fresh`` | ``failed`` (a replacement of a process
-that died under its guest); ``libtpms`` = the library's path, needed only where `prime` was not called.
+that died under its guest).
 """
 
 from __future__ import annotations
@@ -15,36 +15,39 @@ import signal
 from collections.abc import Mapping
 
 from svsm.abi.syscall import MAX_FILE_BYTES
+from svsm.confine import callbacks
+from svsm.confine.context import ProcessContext
 from svsm.formats.errors import StateError, SvsmError
 from svsm.services.syscalls import Kernel, KernelGone
 from svsm.services.vtpm.library import Library
 from svsm.services.vtpm.server import Server
 from svsm.services.vtpm.tpm import Tpm
 
-__all__ = ["ANNOUNCE", "EVENTS", "LOG", "STATE", "main", "prime"]
+__all__ = ["ANNOUNCE", "EVENTS", "LOG", "STATE", "main", "run"]
 
 EVENTS, STATE, LOG, ANNOUNCE = "events", "state", "log", "announce"
 """Names of the kernel's objects that this service opens."""
 
-_primed: Library | None = None
+_LIBRARY = "libtpms.so.0"
+"""In a payload process it is loaded already, from a sealed memfd; the name finds that one and opens no file."""
 
 
-def prime(library_path: str) -> None:
-    """Load the TPM library and make its callbacks, before executable memory becomes impossible to get.
+def main(context: ProcessContext) -> int:
+    """The entry point for the measured loader: descriptor ``syscall``, parameters as the module says.
 
-    Args:
-        library_path: ``/proc/self/fd/N`` of the sealed memfd with libtpms, or a name for the loader.
+    Returns:
+        The exit status, see `run`.
 
     Raises:
-        BackendError: ``tpm-library``, ``tpm-trampolines``.
+        StateError: ``tpm-parameters`` without that descriptor.
     """
-    global _primed
-    if _primed is None:
-        _primed = Library(library_path)
-        _primed.freeze_trampolines()
+    descriptor = context.descriptors.get("syscall")
+    if descriptor is None:
+        raise StateError("the vTPM service was started without a syscall socket", code="tpm-parameters")
+    return run(descriptor, context.parameters)
 
 
-def main(syscall_socket_fd: int, parameters: Mapping[str, str]) -> int:
+def run(syscall_socket_fd: int, parameters: Mapping[str, str]) -> int:
     """Serve one TPM until the kernel ends it.
 
     Args:
@@ -70,13 +73,9 @@ def _serve(kernel: Kernel, parameters: Mapping[str, str]) -> int:
     front, start = parameters.get("front"), parameters.get("start", "fresh")
     if front not in ("socket", "svsm") or start not in ("fresh", "failed"):
         raise StateError("the vTPM service was started with wrong parameters", code="tpm-parameters")
-    if _primed is None:
-        prime(parameters.get("libtpms", "libtpms.so.0"))
-    if _primed is None:
-        raise StateError("the TPM library is not loaded", code="tpm-parameters")
     state, events = kernel.open(STATE), kernel.open(EVENTS)
     tpm = Tpm(
-        _primed,
+        Library(_LIBRARY, executable=callbacks.executable),
         lambda: kernel.read(state, max_bytes=MAX_FILE_BYTES),
         lambda data: kernel.replace({state: data}),
     )

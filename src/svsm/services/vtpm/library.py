@@ -5,32 +5,25 @@ The library keeps one TPM in global variables, so there is one `Library` per pro
 non-volatile state and for the locality. A callback that raises makes the library see TPM_FAIL: a store that was lost
 is never taken for a store that happened. What was raised is kept in `failure` for the caller to look at.
 
-**Executable memory.** A callback needs a few bytes of machine code made at run time. cffi's own allocator takes an
-anonymous page that is writable *and* executable for that, which must not exist in a confined process.
-`freeze_trampolines` ends it: all callbacks are made once, before lock-down; then the page's contents move to a
-sealed memfd that is mapped in its place, readable and executable, never writable again. In /proc/self/maps the
-page is ``/memfd:svsm-trampolines``, the one executable mapping that is made, not loaded, and it is made by measured
-code. No callback can be made, and none may be released, after that.
+**Executable memory.** A callback needs a few bytes of machine code made at run time, from memory that is writable and
+executable at once: the measured loader provides for that before lock-down and gives the way (`executable`, see
+`svsm.confine.callbacks`). All callbacks are made when the library is opened, six of them, and live for ever.
 
 Not thread-safe, and never to be forked: a fork would share the random generator's state.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Callable
 from typing import Any
 
 from svsm.formats.errors import BackendError
 from svsm.services.vtpm import _libtpms_abi
 
-__all__ = ["TRAMPOLINES_NAME", "Library"]
+__all__ = ["Library"]
 
 ffi: Any = _libtpms_abi.ffi
 """C data is untyped by nature; the types end here."""
-
-TRAMPOLINES_NAME = "svsm-trampolines"
 
 _TPM_2 = 1
 _OK = 0
@@ -38,10 +31,6 @@ _FAIL = 9
 _RETRY = 0x800
 """From loaddata: there is no such state."""
 _PERMANENT = b"permall"
-
-_PROT_READ, _PROT_EXEC = 1, 4
-_MAP_PRIVATE, _MAP_FIXED = 2, 0x10
-_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
 def _nothing_stored() -> bytes | None:
@@ -57,6 +46,7 @@ class Library:
 
     Args:
         path: Of libtpms.so.0; a bare name is looked up by the loader, ``/proc/self/fd/N`` is a memfd.
+        executable: From the address of a callback to the one that C code shall call, or None: the same one.
 
     Attributes:
         load: Gives the permanent state, None when there is none yet (the library then manufactures a TPM).
@@ -65,7 +55,7 @@ class Library:
         failure: What the last failed callback raised; the caller resets it.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, executable: Callable[[int], int] | None = None) -> None:
         self.load: Callable[[], bytes | None] = _nothing_stored
         self.store: Callable[[bytes], None] = _refuse_store
         self.locality = 0
@@ -80,7 +70,10 @@ class Library:
                 reason=str(error),
             ) from None
         self._callbacks = self._make_callbacks()
-        self._struct: Any = ffi.new("struct libtpms_callbacks *", self._callbacks)
+        self._struct: Any = ffi.new("struct libtpms_callbacks *")
+        for name, callback in self._callbacks.items():
+            address = int(ffi.cast("uintptr_t", callback))
+            setattr(self._struct, name, ffi.cast(_field_type(name), executable(address) if executable else address))
         self._struct.sizeOfStruct = ffi.sizeof("struct libtpms_callbacks")
         self._response: Any = ffi.new("unsigned char **")
         self._size: Any = ffi.new("uint32_t *")
@@ -137,30 +130,6 @@ class Library:
         modifier[0] = self.locality
         return _OK
 
-    def freeze_trampolines(self) -> None:
-        """Replace the writable and executable pages that hold the callbacks; see the module.
-
-        Raises:
-            BackendError: ``tpm-trampolines`` when a page cannot be found or replaced.
-        """
-        libc: Any = ffi.dlopen(None)
-        for callback in self._callbacks.values():
-            libc.Py_IncRef(ffi.cast("void *", id(callback)))  # its release would write to the frozen page
-        addresses = [int(ffi.cast("uintptr_t", callback)) for callback in self._callbacks.values()]
-        ranges = {_writable_code(address) for address in addresses}
-        for start, end in ranges:
-            contents = bytes(ffi.buffer(ffi.cast("char *", start), end - start))
-            descriptor = os.memfd_create(TRAMPOLINES_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            try:
-                os.write(descriptor, contents)
-                fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
-                where = ffi.cast("void *", start)
-                flags = _MAP_PRIVATE | _MAP_FIXED
-                if libc.mmap(where, end - start, _PROT_READ | _PROT_EXEC, flags, descriptor, 0) != where:
-                    raise BackendError("the callbacks cannot be write-protected", code="tpm-trampolines")
-            finally:
-                os.close(descriptor)
-
     def main_init(self) -> int:
         """Power on. Returns the library's result, 0 when it worked."""
         if not self._registered:
@@ -215,14 +184,3 @@ def _field_type(name: str) -> Any:
         if field == name:
             return details.type
     raise BackendError("the TPM library's declarations lack a callback", code="tpm-library", reason=name)
-
-
-def _writable_code(address: int) -> tuple[int, int]:
-    """(start, end) of the writable and executable anonymous mapping around `address`."""
-    with open("/proc/self/maps", encoding="ascii", errors="replace") as maps:
-        for line in maps:
-            columns = line.split()
-            start, end = (int(value, 16) for value in columns[0].split("-"))
-            if start <= address < end and columns[1] == "rwxp" and len(columns) == 5:
-                return start, end
-    raise BackendError("the page of a callback cannot be found", code="tpm-trampolines")
