@@ -14,9 +14,9 @@ from __future__ import annotations
 from typing import Final
 
 from svsm.formats.errors import FormatError
-from svsm.formats.igvm import IgvmFile, LaunchStep, Order, PlatformType, StepKind, plan
+from svsm.formats.igvm import IgvmFile, LaunchStep, Order, PlatformType, StepKind, plan_runs
 from svsm.formats.record import Buffer
-from svsm.formats.snp.digest import LaunchDigest
+from svsm.formats.snp.digest import KnownDigests, LaunchDigest
 from svsm.formats.snp.page_info import KVM_VMSA_GPA, PageType
 from svsm.formats.snp.vmsa import Vmsa
 
@@ -41,6 +41,7 @@ def launch_digest(
     *,
     order: Order = Order.FILE,
     native_zero: bool = False,
+    known: KnownDigests | None = None,
 ) -> bytes:
     """The launch digest of `file`: 48 bytes.
 
@@ -49,12 +50,13 @@ def launch_digest(
         platform: Only SEV_SNP.
         order: When VMSAs are launched.
         native_zero: Empty pages are ZERO pages instead of NORMAL pages of zeroes.
+        known: As for `LaunchDigest.extend`; only for calls with the same `file`.
 
     Raises:
         FormatError: As `svsm.formats.igvm.plan`.
     """
     digest = LaunchDigest()
-    digest.extend(plan(file, platform, order=order, native_zero=native_zero))
+    digest.extend(plan_runs(file, platform, order=order, native_zero=native_zero), known=known)
     return digest.value
 
 
@@ -64,7 +66,7 @@ def payload_digest(file: IgvmFile) -> bytes:
     Raises:
         FormatError: ``igvm-not-our-layout`` for any other file.
     """
-    steps = [step for step in plan(file) if step.page_type is not None]
+    steps = [run for run in plan_runs(file) if run.page_type is not None]
     if not _our_layout(steps):
         raise FormatError("the image does not have this project's layout", code="igvm-not-our-layout")
     digest = LaunchDigest()
@@ -76,7 +78,8 @@ def _our_layout(steps: list[LaunchStep]) -> bool:
     if len(steps) < 3 or any(step.kind is StepKind.VMSA for step in steps[:-1]):
         return False
     settings, vmsa = steps[-2:]
-    if (settings.page_type, settings.gpa) != (PageType.NORMAL, SETTINGS_GPA) or settings.contents is None:
+    place = settings.page_type, settings.gpa, settings.pages
+    if place != (PageType.NORMAL, SETTINGS_GPA, 1) or settings.contents is None:
         return False
     if (vmsa.page_type, vmsa.gpa) != (PageType.VMSA, KVM_VMSA_GPA) or vmsa.contents is None:
         return False

@@ -20,7 +20,7 @@ from svsm.formats.ovmf import FOUR_GIB, Ovmf, Section, SectionType
 from svsm.formats.snp.page_info import KVM_VMSA_GPA
 from svsm.formats.snp.vmsa import Segment, Vmsa
 
-__all__ = ["CPU_SIGNATURES", "MAX_VCPUS", "cpu_signature", "describe_ovmf_launch", "ovmf_vmsa"]
+__all__ = ["CPU_SIGNATURES", "MAX_VCPUS", "cpu_model_signature", "cpu_signature", "describe_ovmf_launch", "ovmf_vmsa"]
 
 MAX_VCPUS: Final = 4096
 
@@ -43,6 +43,23 @@ CPU_SIGNATURES: Final = MappingProxyType(
     }
 )
 """QEMU's CPU models; their ``-v…`` variants have the same signature."""
+
+
+def cpu_model_signature(model: str) -> int:
+    """The CPUID signature of a QEMU CPU model, with or without its ``-v…`` or ``-IBPB`` suffix.
+
+    Raises:
+        FormatError: ``ovmf-launch`` for a model that is not known.
+    """
+    base, _, version = model.partition("-v")
+    found = CPU_SIGNATURES.get(base.removesuffix("-IBPB"))
+    if found is None or (version and not version.isdecimal()):
+        raise FormatError(
+            f"the CPU model {model} is not known",
+            code="ovmf-launch",
+            hint=f"known: {', '.join(CPU_SIGNATURES)}, each with -v…; or give the CPUID signature",
+        )
+    return found
 
 
 def ovmf_vmsa(eip: int, *, signature: int, sev_features: int) -> Vmsa:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from svsm.formats.igvm.file import Header, IgvmFile
-from svsm.formats.igvm.launch import LaunchStep, Order, StepKind, guest_policy, id_block_header, plan
+from svsm.formats.igvm.launch import LaunchStep, Order, StepKind, guest_policy, id_block_header, plan, plan_runs
 from svsm.formats.igvm.layout import HeaderType, PageDataType, PageFlag, PlatformType
 from svsm.formats.igvm.writer import IgvmBuilder
 
@@ -22,4 +22,5 @@ __all__ = [
     "guest_policy",
     "id_block_header",
     "plan",
+    "plan_runs",
 ]

@@ -16,6 +16,8 @@ The checksum covers headers only; damaged file data shows as another launch dige
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import struct
 import zlib
 from collections.abc import Iterator
 from typing import Final, Self
@@ -25,31 +27,51 @@ from svsm.formats.igvm.layout import (
     BODY_TYPES,
     MAGIC,
     OPTIONAL_BIT,
+    PAGE_2MB,
     PAGE_SIZE,
     FixedHeaderV1,
     FixedHeaderV2,
     HeaderHead,
     HeaderType,
+    PageData,
+    PageFlag,
     PlatformType,
     SupportedPlatform,
 )
 from svsm.formats.record import Buffer, Record
 
-__all__ = ["MAX_HEADER_BYTES", "Header", "IgvmFile"]
+__all__ = ["MAX_HEADER_BYTES", "Header", "IgvmFile", "page_bytes"]
 
-MAX_HEADER_BYTES: Final = 64 << 20
-"""Upper bound for the variable header section: two million page headers, eight GiB of guest memory."""
+MAX_HEADER_BYTES: Final = 16 << 20
+"""Upper bound for the variable header section: half a million page headers, two GiB of guest memory."""
 
 _FIXED: Final[dict[int, type[FixedHeaderV1] | type[FixedHeaderV2]]] = {1: FixedHeaderV1, 2: FixedHeaderV2}
+_PAGE_HEADER: Final = struct.Struct("<IIQIIIHH")
+"""Head and body of PAGE_DATA in one: the only header that files have thousands of."""
 _BODIES: Final = {int(kind): (kind, body) for kind, body in BODY_TYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Header:
-    """One variable header."""
+    """One variable header, or a run of PAGE_DATA headers.
+
+    A run is what real images consist of: thousands of headers that differ only in that address, and file offset
+    unless it is 0, grow by a page from one to the next. `body` is the first of them. Files hold maximal runs.
+    """
 
     kind: HeaderType
     body: Record
+    count: int = 1
+
+    def each(self) -> Iterator[Record]:
+        """The bodies, one by one."""
+        body = self.body
+        yield body
+        if isinstance(body, PageData):
+            size = page_bytes(body)
+            for index in range(1, self.count):
+                offset = body.file_offset + index * size if body.file_offset else 0
+                yield body.replace(gpa=body.gpa + index * size, file_offset=offset)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -93,7 +115,7 @@ class IgvmFile:
         Raises:
             FormatError: ``igvm-size`` when the file would not fit its 32-bit sizes; ``record-width``.
         """
-        section = b"".join(_pack_header(header) for header in self.headers)
+        section = b"".join(part for header in self.headers for part in _pack_header(header))
         kind = _FIXED[self.format_version]
         total = kind.SIZE + len(section) + len(self.data)
         if total >= 1 << 32 or len(section) > MAX_HEADER_BYTES:
@@ -110,7 +132,7 @@ class IgvmFile:
     def data_start(self) -> int:
         """Offset of `data` in the file: what `file_offset` values are relative to, negatively speaking."""
         fixed = _FIXED[self.format_version].SIZE
-        return fixed + sum(packed_size_bytes(header.body.SIZE) for header in self.headers)
+        return fixed + sum(packed_size_bytes(header.body.SIZE) * header.count for header in self.headers)
 
     def data_at(self, file_offset: int, length: int, *, start: int) -> memoryview:
         """`length` bytes of file data at `file_offset`.
@@ -155,9 +177,17 @@ def packed_size_bytes(length: int) -> int:
     return HeaderHead.SIZE + length + (-length % 8)
 
 
-def _pack_header(header: Header) -> bytes:
+def page_bytes(page: PageData) -> int:
+    """4096, or 2 MiB with the flag for that."""
+    return PAGE_2MB if page.flags & PageFlag.IS_2MB_PAGE else PAGE_SIZE
+
+
+def _pack_header(header: Header) -> Iterator[bytes]:
     body = header.body.pack()
-    return HeaderHead(header.kind, len(body)).pack() + body + bytes(-len(body) % 8)
+    head = HeaderHead(header.kind, len(body)).pack()
+    yield head + body + bytes(-len(body) % 8)
+    for following in itertools.islice(header.each(), 1, None):
+        yield head + following.pack()  # PAGE_DATA, 24 bytes: no padding
 
 
 def _parse_fixed(view: memoryview) -> FixedHeaderV1 | FixedHeaderV2:
@@ -232,12 +262,38 @@ def _parse_headers(section: memoryview, start: int) -> Iterator[Header]:
             )
         previous = section_number
         body_at = position + HeaderHead.SIZE
-        yield Header(kind, body.parse_at(section, body_at))
+        parsed = body.parse_at(section, body_at)
         position = body_at + head.length
+        if isinstance(parsed, PageData):
+            count = 1 + _followers(parsed, section[position:])
+            yield Header(kind, parsed, count)
+            position += (count - 1) * _PAGE_HEADER.size
+            continue
+        yield Header(kind, parsed)
         padding = section[position : position + (-head.length % 8)]
         if any(padding):
             raise FormatError("header padding is not zero", code="igvm-padding", offset=start + position)
         position += len(padding)
+
+
+def _followers(first: PageData, rest: memoryview) -> int:
+    """How many PAGE_DATA headers at the start of `rest` continue the run that `first` begins."""
+    size = page_bytes(first)
+    step = size if first.file_offset else 0
+    gpa, offset = first.gpa, first.file_offset
+    tail = first.flags, first.data_type, first.reserved_0x16
+    mask = first.compatibility_mask
+    count = 0
+    usable = len(rest) - len(rest) % _PAGE_HEADER.size
+    for header_type, length, next_gpa, next_mask, next_offset, *next_tail in _PAGE_HEADER.iter_unpack(rest[:usable]):
+        gpa += size
+        offset += step
+        if next_gpa != gpa or next_offset != offset or header_type != HeaderType.PAGE_DATA:
+            break
+        if length != PageData.SIZE or next_mask != mask or tuple(next_tail) != tail:
+            break
+        count += 1
+    return count
 
 
 def _unsupported(head: HeaderHead, offset: int) -> FormatError:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """The launch that an IGVM file asks for, step by step: what a loader does and what a verifier measures.
 
-Both walk the same iterator, so a page cannot be measured in one order and loaded in another. A step is one 4 KiB
-page with its SNP page type, or None as type for a shared page, which is loaded but is no part of the guest's
-private memory and so never reaches the AMD-SP.
+Both walk the same plan, so a page cannot be measured in one order and loaded in another. A step is a run of 4 KiB
+pages with their SNP page type, or None as type for shared pages, which are loaded but are no part of the guest's
+private memory and so never reach the AMD-SP.
 
 Decisions where loaders or tools differ (docs/igvm.md has the reasons):
 
@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from svsm.formats.errors import FormatError
-from svsm.formats.igvm.file import IgvmFile
+from svsm.formats.igvm.file import IgvmFile, page_bytes
 from svsm.formats.igvm.layout import (
     PAGE_SIZE,
     GuestPolicy,
@@ -34,13 +34,26 @@ from svsm.formats.igvm.layout import (
     SnpIdBlock,
     VpContext,
 )
-from svsm.formats.igvm.validate import PAGE_2MB
 from svsm.formats.snp.page_info import PageType
 
-__all__ = ["MAX_LAUNCH_PAGES", "LaunchStep", "Order", "StepKind", "guest_policy", "id_block_header", "plan"]
+__all__ = [
+    "MAX_LAUNCH_PAGES",
+    "MAX_RUN_PAGES",
+    "LaunchStep",
+    "Order",
+    "StepKind",
+    "guest_policy",
+    "id_block_header",
+    "plan",
+    "plan_runs",
+]
 
-MAX_LAUNCH_PAGES: Final = 1 << 21
-"""Eight GiB: bounds the work that a small file (2 MiB flags, large parameter areas) can ask for."""
+MAX_LAUNCH_PAGES: Final = 1 << 20
+"""Four GiB: bounds the work that a small file (2 MiB flags, large parameter areas) can ask for."""
+
+
+MAX_RUN_PAGES: Final = 4096
+"""So that whoever holds something per page of a run holds little."""
 
 
 class StepKind(enum.Enum):
@@ -62,20 +75,23 @@ class Order(enum.Enum):
 
 
 class LaunchStep(NamedTuple):
-    """One 4 KiB page of a launch."""
+    """Consecutive 4 KiB pages of a launch that are launched alike."""
 
     page_type: PageType | None
     """None: shared, not measured."""
     gpa: int
+    """Of the first page."""
     contents: memoryview | None
-    """4096 bytes, None for zeroes."""
+    """`pages` times 4096 bytes, None for zeroes."""
     kind: StepKind
     number: int
     """VMSA: vp_index; PARAMETER: area index; otherwise 0."""
     offset: int
-    """PARAMETER: byte offset of this page in its area; otherwise 0."""
+    """PARAMETER: byte offset of the first page in its area; otherwise 0."""
     source: int
-    """File offset of `contents`, 0 without: equal offsets are equal contents."""
+    """File offset of `contents`, 0 without."""
+    pages: int
+    """1 from `plan`; 1 to `MAX_RUN_PAGES` from `plan_runs`."""
 
 
 def plan(
@@ -85,7 +101,30 @@ def plan(
     order: Order = Order.FILE,
     native_zero: bool = False,
 ) -> Iterator[LaunchStep]:
-    """The launch of `file`, page by page.
+    """The launch of `file`, page by page: `plan_runs` taken apart."""
+    for run in plan_runs(file, platform, order=order, native_zero=native_zero):
+        page_type, gpa, contents, kind, number, offset, source, pages = run
+        for start in range(0, pages * PAGE_SIZE, PAGE_SIZE):
+            yield LaunchStep(
+                page_type,
+                gpa + start,
+                None if contents is None else contents[start : start + PAGE_SIZE],
+                kind,
+                number,
+                offset + start if kind is StepKind.PARAMETER else 0,
+                source + start if source else 0,
+                1,
+            )
+
+
+def plan_runs(
+    file: IgvmFile,
+    platform: PlatformType = PlatformType.SEV_SNP,
+    *,
+    order: Order = Order.FILE,
+    native_zero: bool = False,
+) -> Iterator[LaunchStep]:
+    """The launch of `file`, run by run.
 
     Args:
         file: A parsed file.
@@ -95,12 +134,14 @@ def plan(
 
     Raises:
         FormatError: ``igvm-no-platform``, ``igvm-unsupported-platform``; ``igvm-overlap`` when a page is launched
-            twice; ``igvm-limit`` beyond `MAX_LAUNCH_PAGES`. The last two come while iterating.
+            twice; ``igvm-limit`` beyond `MAX_LAUNCH_PAGES`. Nothing is raised while iterating.
     """
     if platform != PlatformType.SEV_SNP:
         raise FormatError("only SEV-SNP launches are supported", code="igvm-unsupported-platform", got=platform.name)
     mask = file.platform(platform).compatibility_mask
-    return _Planner(file, mask, native_zero=native_zero).run(order)
+    planner = _Planner(file, mask, native_zero=native_zero)
+    planner.check()
+    return planner.run(order)
 
 
 class _Planner:
@@ -110,65 +151,62 @@ class _Planner:
         self._start = file.data_start
         self._empty = PageType.ZERO if native_zero else PageType.NORMAL
         self._areas: dict[int, ParameterArea] = {}
-        self._seen: set[int] = set()
 
     def run(self, order: Order) -> Iterator[LaunchStep]:
         contexts: list[VpContext] = []
-        seen, mask, data, start = self._seen, self._mask, self._file.data, self._start
-        plain = StepKind.PAGE, 0, 0
-        normal = PageType.NORMAL
         for header in self._file.headers:
             body = header.body
             if isinstance(body, PageData):
-                if not body.compatibility_mask & mask:
-                    continue
-                offset = body.file_offset
-                if offset and not (body.flags or body.data_type):  # most pages, and the hot path
-                    gpa = body.gpa
-                    if gpa in seen or len(seen) >= MAX_LAUNCH_PAGES:
-                        raise self._refusal(gpa)
-                    seen.add(gpa)
-                    first = offset - start
-                    yield LaunchStep(normal, gpa, data[first : first + PAGE_SIZE], *plain, offset)
-                else:
-                    yield from self._page(body)
+                if body.compatibility_mask & self._mask:
+                    yield from self._page(body, header.count)
             elif isinstance(body, ParameterArea):
                 self._areas[body.parameter_area_index] = body
             elif isinstance(body, ParameterInsert):
-                if body.compatibility_mask & mask:
+                if body.compatibility_mask & self._mask:
                     yield from self._insert(body)
-            elif isinstance(body, VpContext) and body.compatibility_mask & mask:
+            elif isinstance(body, VpContext) and body.compatibility_mask & self._mask:
                 if order is Order.KVM:
                     contexts.append(body)
                 else:
                     yield self._context(body)
-        for body in contexts:
-            yield self._context(body)
+        for context in contexts:
+            yield self._context(context)
 
-    def _refusal(self, gpa: int) -> FormatError:
-        if gpa in self._seen:
-            return FormatError("a page is launched twice", code="igvm-overlap", gpa=gpa)
-        return FormatError("the launch has too many pages", code="igvm-limit", expected=MAX_LAUNCH_PAGES)
+    def check(self) -> None:
+        """Refuse pages that are launched twice, and too many; not VMSAs, which KVM launches all at one address."""
+        sizes = {}
+        claims: list[tuple[int, int]] = []
+        for header in self._file.headers:
+            body = header.body
+            if isinstance(body, ParameterArea):
+                sizes[body.parameter_area_index] = body.number_of_bytes
+            elif isinstance(body, PageData) and body.compatibility_mask & self._mask:
+                claims.append((body.gpa, header.count * page_bytes(body)))
+            elif isinstance(body, ParameterInsert) and body.compatibility_mask & self._mask:
+                claims.append((body.gpa, sizes[body.parameter_area_index]))
+        if sum(size for _, size in claims) > MAX_LAUNCH_PAGES * PAGE_SIZE:
+            raise FormatError("the launch has too many pages", code="igvm-limit", expected=MAX_LAUNCH_PAGES)
+        end = 0
+        for gpa, size in sorted(claims):
+            if gpa < end and size:
+                raise FormatError("a page is launched twice", code="igvm-overlap", gpa=gpa)
+            end = max(end, gpa + size)
 
-    def _claim(self, gpa: int) -> int:
-        if gpa in self._seen or len(self._seen) >= MAX_LAUNCH_PAGES:
-            raise self._refusal(gpa)
-        self._seen.add(gpa)
-        return gpa
+    def _steps(
+        self, page_type: PageType | None, gpa: int, pages: int, kind: StepKind, file_offset: int, number: int = 0
+    ) -> Iterator[LaunchStep]:
+        for first in range(0, pages, MAX_RUN_PAGES):
+            count, position = min(MAX_RUN_PAGES, pages - first), first * PAGE_SIZE
+            contents, source = None, 0
+            if file_offset:
+                source = file_offset + position
+                contents = self._file.data_at(source, count * PAGE_SIZE, start=self._start)
+            offset = position if kind is StepKind.PARAMETER else 0
+            yield LaunchStep(page_type, gpa + position, contents, kind, number, offset, source, count)
 
-    def _slice(self, file_offset: int, position: int) -> tuple[memoryview | None, int]:
-        """4096 bytes at `position` of the data at `file_offset`, and their own file offset."""
-        if not file_offset:
-            return None, 0
-        source = file_offset + position
-        return self._file.data_at(source, PAGE_SIZE, start=self._start), source
-
-    def _page(self, body: PageData) -> Iterator[LaunchStep]:
+    def _page(self, body: PageData, count: int) -> Iterator[LaunchStep]:
         kind, page_type = self._classify(body)
-        size = PAGE_2MB if body.flags & PageFlag.IS_2MB_PAGE else PAGE_SIZE
-        for position in range(0, size, PAGE_SIZE):
-            contents, source = self._slice(body.file_offset, position)
-            yield LaunchStep(page_type, self._claim(body.gpa + position), contents, kind, 0, 0, source)
+        return self._steps(page_type, body.gpa, count * page_bytes(body) // PAGE_SIZE, kind, body.file_offset)
 
     def _classify(self, body: PageData) -> tuple[StepKind, PageType | None]:
         if body.flags & PageFlag.SHARED:
@@ -183,21 +221,14 @@ class _Planner:
 
     def _insert(self, body: ParameterInsert) -> Iterator[LaunchStep]:
         area = self._areas[body.parameter_area_index]  # `validate` has seen it declared
-        for position in range(0, area.number_of_bytes, PAGE_SIZE):
-            contents, source = self._slice(area.file_offset, position)
-            yield LaunchStep(
-                PageType.UNMEASURED,
-                self._claim(body.gpa + position),
-                contents,
-                StepKind.PARAMETER,
-                body.parameter_area_index,
-                position,
-                source,
-            )
+        pages = area.number_of_bytes // PAGE_SIZE
+        return self._steps(
+            PageType.UNMEASURED, body.gpa, pages, StepKind.PARAMETER, area.file_offset, body.parameter_area_index
+        )
 
     def _context(self, body: VpContext) -> LaunchStep:
-        contents, source = self._slice(body.file_offset, 0)
-        return LaunchStep(PageType.VMSA, body.gpa, contents, StepKind.VMSA, body.vp_index, 0, source)
+        contents = self._file.data_at(body.file_offset, PAGE_SIZE, start=self._start)
+        return LaunchStep(PageType.VMSA, body.gpa, contents, StepKind.VMSA, body.vp_index, 0, body.file_offset, 1)
 
 
 def guest_policy(file: IgvmFile, platform: PlatformType = PlatformType.SEV_SNP) -> int | None:

@@ -17,6 +17,7 @@ __all__ = [
     "BODY_TYPES",
     "MAGIC",
     "OPTIONAL_BIT",
+    "PAGE_2MB",
     "PAGE_SIZE",
     "PARAMETER_TYPES",
     "Corim",
@@ -48,6 +49,7 @@ MAGIC: Final = 0x4D564749
 """``IGVM``, read as a little-endian word."""
 
 PAGE_SIZE: Final = 4096
+PAGE_2MB: Final = 2 << 20
 
 OPTIONAL_BIT: Final = 1 << 31
 """Bit 31 of a header type: a loader that does not know the type may skip it. This reader never skips."""

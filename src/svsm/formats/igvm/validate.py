@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Final
 
 from svsm.formats.errors import FormatError
-from svsm.formats.igvm.file import Header, IgvmFile
+from svsm.formats.igvm.file import Header, IgvmFile, page_bytes
 from svsm.formats.igvm.layout import (
     PAGE_SIZE,
     Corim,
@@ -35,7 +35,7 @@ from svsm.formats.igvm.layout import (
 )
 from svsm.formats.record import Record
 
-__all__ = ["MAX_GPA", "MAX_PARAMETER_AREA_BYTES", "NATIVE_CONTEXT_BYTES", "PAGE_2MB", "validate"]
+__all__ = ["MAX_GPA", "MAX_PARAMETER_AREA_BYTES", "NATIVE_CONTEXT_BYTES", "validate"]
 
 MAX_GPA: Final = 1 << 64
 """Nothing may wrap. Processors have at most 52 address bits; what a guest really has is for its loader to check."""
@@ -43,7 +43,6 @@ MAX_GPA: Final = 1 << 64
 MAX_PARAMETER_AREA_BYTES: Final = 64 << 20
 """A parameter area costs a loop iteration per page at measurement; a file may claim 2^64 bytes for 40 of its own."""
 
-PAGE_2MB: Final = 2 << 20
 NATIVE_CONTEXT_BYTES: Final = 232
 """Bytes of a NATIVE or SEV context that mean something; the rest of the page must be zero."""
 
@@ -88,17 +87,20 @@ class _Validator:
             if header.kind in _CORIM:
                 self._corim(header)
             else:
-                self._check(header.body)
+                self._check(header.body, header.count)
         if not self._platforms:
             raise self._error("the file names no platform", "igvm-no-platform")
+        present: dict[tuple[int, int], int] = {}
+        for mask, vp_index, level in self._contexts:
+            present[vp_index, level] = present.get((vp_index, level), 0) | mask
         for mask, vp_index, level in self._needed:
-            if not any(mask & known and [vp_index, level] == where for known, *where in self._contexts):
+            if not mask & present.get((vp_index, level), 0):
                 raise self._error("a relocation needs a VP context that is not there", "igvm-relocation", got=vp_index)
 
-    def _check(self, body: Record) -> None:
+    def _check(self, body: Record, count: int) -> None:
         match body:
             case PageData():
-                self._page(body)
+                self._page(body, count)
             case SupportedPlatform():
                 self._platform(body)
             case GuestPolicy():
@@ -193,20 +195,20 @@ class _Validator:
             raise self._error("a parameter insert lies in the page tables", "igvm-relocation", gpa=body.gpa)
         self._areas[body.parameter_area_index] = None
 
-    def _page(self, body: PageData) -> None:
+    def _page(self, body: PageData, count: int) -> None:
         if body.flags & ~_ALL_FLAGS:
             raise self._error("a page has unknown flags", "igvm-flags", got=body.flags)
         if body.data_type > PageDataType.CPUID_XF:
             raise self._error("a page has an unknown data type", "igvm-value", got=body.data_type)
         if body.reserved_0x16:
             raise self._error("reserved bytes are not zero", "igvm-reserved", got=body.reserved_0x16)
-        size = PAGE_2MB if body.flags & PageFlag.IS_2MB_PAGE else PAGE_SIZE
+        size = page_bytes(body)
         if body.gpa % size:
             raise self._error("a page is not aligned to its size", "igvm-alignment", gpa=body.gpa)
-        if body.gpa + size > MAX_GPA:
+        if body.gpa + size * count > MAX_GPA:
             raise self._error("a page is outside the address space", "igvm-address", gpa=body.gpa)
         if body.file_offset:
-            self._data(body.file_offset, size)
+            self._data(body.file_offset, size * count)
 
     def _context(self, body: VpContext) -> None:
         platform = self._platforms.get(body.compatibility_mask)

@@ -2,8 +2,8 @@
 """Writing IGVM files: add headers in launch order, get bytes.
 
 The writer places file data in the order of the headers that use it and stores equal blobs once, as Microsoft's
-writer does, so a file made from the same directives has the same bytes. `IgvmBuilder.finish` checks the result
-with the reader's own rules: what we write, we would accept.
+writer does, so a file made from the same directives has the same bytes. `IgvmBuilder.finish` puts the result
+through the reader: what we write, we would accept.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from svsm.formats.igvm.layout import (
     SupportedPlatform,
     VpContext,
 )
-from svsm.formats.igvm.validate import validate
 from svsm.formats.record import Buffer, Record
 
 __all__ = ["IgvmBuilder"]
@@ -131,5 +130,4 @@ class IgvmBuilder:
                 body = dataclasses.replace(body, file_offset=offset)  # type: ignore[type-var]
             headers.append(Header(kind, body))
         made = IgvmFile(self._format_version, tuple(headers), memoryview(b"".join(parts)))
-        validate(made)
-        return made
+        return IgvmFile.parse(made.pack())

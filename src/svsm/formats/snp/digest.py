@@ -5,8 +5,9 @@ NORMAL and VMSA pages add the digest of their contents; the other types add only
 digest fixes which pages were launched, as what, where and in which order; not the policy, the ID block or HOST_DATA.
 
 The work is two hashes a page, one of 4096 and one of 112 bytes. `LaunchDigest.extend` keeps what Python adds
-below a tenth of that: constructors bound once, the constant middle of PAGE_INFO made once a page type, and
-contents digests remembered by the caller's key, because images share pages and 64 VMSAs are two.
+below a tenth of that: it works on runs of pages, so that whatever is decided is decided once a run, with the constant
+middle of PAGE_INFO made once a page type, and remembers contents digests by the caller's key, because images share
+pages and 64 VMSAs are two.
 """
 
 from __future__ import annotations
@@ -19,21 +20,22 @@ from svsm.formats.errors import FormatError
 from svsm.formats.record import Buffer
 from svsm.formats.snp.page_info import DIGEST_BYTES, INITIAL_DIGEST, PageInfo, PageType
 
-__all__ = ["LaunchDigest", "MeasuredPage"]
+__all__ = ["KnownDigests", "LaunchDigest", "MeasuredRun"]
 
 _PAGE_BYTES: Final = 4096
 _NO_CONTENTS: Final = bytes(DIGEST_BYTES)
 _ZERO_PAGE_DIGEST: Final = hashlib.sha384(bytes(_PAGE_BYTES)).digest()
-_WITH_CONTENTS: Final = frozenset({PageType.NORMAL, PageType.VMSA})
-_MIDDLES: Final = {
-    kind: PageInfo(_NO_CONTENTS, _NO_CONTENTS, PageInfo.SIZE, kind, 0, 0, 0, 0, 0, 0).pack()[96:104]
-    for kind in PageType
-}
-_MAX_REMEMBERED: Final = 1 << 16
+_MIDDLES: Final = [bytes(8)] + [
+    PageInfo(_NO_CONTENTS, _NO_CONTENTS, PageInfo.SIZE, kind, 0, 0, 0, 0, 0, 0).pack()[96:104] for kind in PageType
+]
+"""PAGE_INFO bytes 96 to 103, by page type: a list, because hashing an enum member for a dictionary is slow."""
+
+_REMEMBERED_PAGES: Final = 16
+"""Longest run whose contents digests are kept unasked: shared pages come in short runs, and memory is finite."""
 
 
-class MeasuredPage(Protocol):
-    """What `extend` reads of a page; `svsm.formats.igvm.LaunchStep` is one."""
+class MeasuredRun(Protocol):
+    """What `extend` reads of a run of consecutive pages; `svsm.formats.igvm.LaunchStep` is one."""
 
     @property
     def page_type(self) -> PageType | None:
@@ -41,15 +43,23 @@ class MeasuredPage(Protocol):
 
     @property
     def gpa(self) -> int:
-        """Guest physical address of the page."""
+        """Guest physical address of the first page."""
 
     @property
     def contents(self) -> Buffer | None:
-        """4096 bytes; None for zeroes."""
+        """`pages` times 4096 bytes; None for zeroes."""
 
     @property
     def source(self) -> int:
-        """Non-zero: pages with the same `source` have the same contents."""
+        """Non-zero: runs of the same `source` and `pages` have the same contents."""
+
+    @property
+    def pages(self) -> int:
+        """How many pages."""
+
+
+KnownDigests = dict[tuple[int, int], list[bytes]]
+"""Contents digests by (source, pages)."""
 
 
 class LaunchDigest:
@@ -85,7 +95,7 @@ class LaunchDigest:
         Raises:
             FormatError: ``digest-page`` for contents of another size or an address that is no page's.
         """
-        if page_type in _WITH_CONTENTS:
+        if page_type in (PageType.NORMAL, PageType.VMSA):
             digest = _ZERO_PAGE_DIGEST if contents is None else _contents_digest(contents)
         else:
             digest = _NO_CONTENTS
@@ -94,42 +104,58 @@ class LaunchDigest:
         message = self._value + digest + _MIDDLES[page_type] + gpa.to_bytes(8, "little")
         self._value = hashlib.sha384(message).digest()
 
-    def extend(self, pages: Iterable[MeasuredPage]) -> None:
-        """Add pages in order; the fast path of `update`.
+    def extend(self, runs: Iterable[MeasuredRun], *, known: KnownDigests | None = None) -> None:
+        """Add runs of pages in order; the fast path of `update`.
+
+        Args:
+            runs: In launch order.
+            known: Contents digests, which this call uses and adds to; pass the same one again to measure one file
+                in several ways for the price of the chain.
 
         Raises:
-            FormatError: As `update`; the digest then stands after the last good page.
+            FormatError: As `update`; the digest then stands after the last good run.
         """
-        sha384, middles, measured = hashlib.sha384, _MIDDLES, _WITH_CONTENTS
-        known: dict[int, bytes] = {}
-        value = self._value
-        try:
-            for page in pages:
-                page_type = page.page_type
-                if page_type is None:
-                    continue
-                gpa = page.gpa
-                if gpa & 0xFFF or not 0 <= gpa < 1 << 64:
-                    raise FormatError("a launched page has no page address", code="digest-page", gpa=gpa)
-                if page_type not in measured:
-                    digest = _NO_CONTENTS
-                elif (contents := page.contents) is None:
-                    digest = _ZERO_PAGE_DIGEST
-                else:
-                    source = page.source
-                    cached = known.get(source)
-                    if cached is not None:
-                        digest = cached
-                    else:
-                        digest = _contents_digest(contents)
-                        if source and len(known) < _MAX_REMEMBERED:
-                            known[source] = digest
-                value = sha384(value + digest + middles[page_type] + gpa.to_bytes(8, "little")).digest()
-        finally:
-            self._value = value
+        most = _REMEMBERED_PAGES if known is None else 1 << 64
+        known = {} if known is None else known
+        for run in runs:
+            page_type, gpa, pages = run.page_type, run.gpa, run.pages
+            if page_type is None:
+                continue
+            if gpa & 0xFFF or gpa < 0 or (gpa + pages * _PAGE_BYTES) > 1 << 64:
+                raise FormatError("a launched page has no page address", code="digest-page", gpa=gpa)
+            if page_type is not PageType.NORMAL and page_type is not PageType.VMSA:
+                digests = [_NO_CONTENTS] * pages
+            elif run.contents is None:
+                digests = [_ZERO_PAGE_DIGEST] * pages
+            else:
+                key = run.source, pages
+                found = known.get(key)
+                digests = _contents_digests(run.contents, pages) if found is None else found
+                if run.source and pages <= most:
+                    known[key] = digests
+            self._chain(_MIDDLES[page_type], gpa, digests)
+
+    def _chain(self, middle: bytes, gpa: int, digests: list[bytes]) -> None:
+        sha384, value = hashlib.sha384, self._value
+        for digest in digests:
+            value = sha384(value + digest + middle + gpa.to_bytes(8, "little")).digest()
+            gpa += 4096
+        self._value = value
+
+
+def _contents_digests(contents: Buffer, pages: int) -> list[bytes]:
+    view = memoryview(contents).cast("B")
+    if len(view) != pages * _PAGE_BYTES:
+        raise _bad_page(view)
+    sha384 = hashlib.sha384
+    return [sha384(view[start : start + 4096]).digest() for start in range(0, len(view), 4096)]
+
+
+def _bad_page(contents: Buffer) -> FormatError:
+    return FormatError("a launched page has 4096 bytes", code="digest-page", expected=_PAGE_BYTES, got=len(contents))
 
 
 def _contents_digest(contents: Buffer) -> bytes:
     if len(contents) != _PAGE_BYTES:
-        raise FormatError("a launched page has 4096 bytes", code="digest-page", expected=_PAGE_BYTES, got=len(contents))
+        raise _bad_page(contents)
     return hashlib.sha384(contents).digest()
