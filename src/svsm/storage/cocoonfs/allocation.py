@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""Which allocation blocks are in use, as the bitmap file stores it and as the rest of the code looks at it.
+
+In memory a state is one byte per block, 0 or 1: slices of it are what data block digests take, and free runs are
+found by the regular-expression engine at memory speed. On the disk it is a bit per block in little-endian words,
+as many words to an encrypted bitmap block as fit.
+
+`Space` hands out free runs for one transaction. It never gives out what was in use before the transaction or is in
+use after it, so nothing that a crash could need is overwritten; what was freed becomes usable with the next one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from svsm.formats.errors import StateError
+from svsm.storage.cocoonfs.encoding import Extent
+from svsm.storage.cocoonfs.entities import block_payload_bytes
+from svsm.storage.cocoonfs.layout import ImageLayout, align_up
+
+__all__ = ["Space", "bitmap_blocks", "bits_per_bitmap_block", "pack_states", "parse_states", "with_ranges"]
+
+_TO_BYTES = bytes.maketrans(b"01", b"\0\1")
+_TO_TEXT = bytes.maketrans(b"\0\1", b"01")
+_FREE = re.compile(rb"\0+")
+
+
+def bits_per_bitmap_block(layout: ImageLayout) -> int:
+    """Allocation blocks that one bitmap block tracks."""
+    return block_payload_bytes(layout.bitmap_ab * layout.ab_bytes) // 8 * 64
+
+
+def bitmap_blocks(layout: ImageLayout, image_ab: int) -> int:
+    """Bitmap blocks that an image of this size needs."""
+    return -(-image_ab // bits_per_bitmap_block(layout))
+
+
+def parse_states(words: bytes) -> bytearray:
+    """One byte per block from little-endian bits."""
+    if not words:
+        return bytearray()
+    text = format(int.from_bytes(words, "little"), f"0{8 * len(words)}b")
+    return bytearray(text[::-1].encode().translate(_TO_BYTES))
+
+
+def pack_states(states: bytes | bytearray) -> bytes:
+    """Little-endian bits from one byte per block; a multiple of eight blocks."""
+    if not states:
+        return b""
+    return int(states[::-1].translate(_TO_TEXT), 2).to_bytes(len(states) // 8, "little")
+
+
+def with_ranges(states: bytearray, ranges: Iterable[Extent], state: int) -> bytearray:
+    """`states` itself with ranges set to 0 or 1."""
+    fill = b"\1" if state else b"\0"
+    for begin, length in ranges:
+        states[begin : begin + length] = fill * length
+    return states
+
+
+def no_space(wanted_ab: int) -> StateError:
+    """The error for a full volume."""
+    return StateError(
+        "the volume is full",
+        code="cocoonfs-full",
+        hint="remove files, or replace them with smaller ones; nothing was changed",
+        wanted_ab=wanted_ab,
+    )
+
+
+class Space:
+    """Free space during one transaction.
+
+    Args:
+        layout: The configuration.
+        used: What was in use before; copied.
+    """
+
+    def __init__(self, layout: ImageLayout, used: bytearray) -> None:
+        self._layout = layout
+        self._taken = bytearray(used)
+
+    def _take(self, extent: Extent) -> Extent:
+        with_ranges(self._taken, (extent,), 1)
+        return extent
+
+    def give_back(self, extents: Iterable[Extent]) -> None:
+        """Return what this transaction took and does not need after all."""
+        with_ranges(self._taken, extents, 0)
+
+    def take_rest(self, extent: Extent) -> None:
+        """Keep the free part of an extent from being handed out."""
+        self._take(extent)
+
+    def aligned(self, length_ab: int, unit_ab: int) -> Extent | None:
+        """A free extent that begins on a multiple of `unit_ab`, or None."""
+        for match in _FREE.finditer(self._taken):
+            begin = align_up(match.start(), unit_ab)
+            if begin + length_ab <= match.end():
+                return self._take((begin, length_ab))
+        return None
+
+    def pieces(self, total_ab: int, unit_ab: int) -> list[Extent]:
+        """Free extents of `total_ab` together, each aligned to and a multiple of `unit_ab`.
+
+        Raises:
+            StateError: ``cocoonfs-full``; nothing is taken then.
+        """
+        whole = self.aligned(total_ab, unit_ab)
+        if whole is not None:
+            return [whole]
+        found: list[Extent] = []
+        left = total_ab
+        for begin, length in sorted(self._runs(unit_ab), key=lambda run: (-run[1], run[0])):
+            take = min(left, length)
+            found.append((begin, take))
+            left -= take
+            if not left:
+                break
+        if left:
+            raise no_space(total_ab)
+        for extent in found:
+            self._take(extent)
+        return found
+
+    def _runs(self, unit_ab: int) -> list[Extent]:
+        runs = []
+        for match in _FREE.finditer(self._taken):
+            begin = align_up(match.start(), unit_ab)
+            length = (match.end() - begin) // unit_ab * unit_ab
+            if length > 0:
+                runs.append((begin, length))
+        return runs
+
+    def for_file(self, length_ab: int) -> list[Extent]:
+        """Extents for a file's contents.
+
+        A small file goes into the first hole that holds it. A larger one prefers whole journal blocks, which can be
+        written in place; then any single run; then pieces, largest first.
+
+        Raises:
+            StateError: ``cocoonfs-full``; nothing is taken then.
+        """
+        unit = self._layout.journal_ab
+        for alignment in (1,) if length_ab < unit else (unit, 1):
+            extent = self.aligned(length_ab, alignment)
+            if extent is not None:
+                return [extent]
+        return self.pieces(length_ab, 1)
+
+    def block(self, length_ab: int) -> int:
+        """First block of a free, naturally aligned index node or list block.
+
+        Raises:
+            StateError: ``cocoonfs-full``.
+        """
+        extent = self.aligned(length_ab, length_ab)
+        if extent is None:
+            raise no_space(length_ab)
+        return extent[0]
+
+    def free_units(self, unit_ab: int) -> int:
+        """How many wholly free, aligned units there are."""
+        return sum(length for _, length in self._runs(unit_ab)) // unit_ab

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""The file system's view of a device: extents in allocation blocks, and the one write that must be last.
+
+Allocation blocks may be smaller than the device's blocks, so reads are widened and cut; writes are always whole IO
+blocks, which the device's blocks divide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from svsm.abi.block import BlockDevice
+from svsm.formats.errors import FormatError
+from svsm.storage.cocoonfs.encoding import Extent
+from svsm.storage.cocoonfs.layout import ImageLayout
+
+__all__ = ["BlockIo"]
+
+
+class BlockIo:
+    """Reads and writes in units of one configuration.
+
+    Raises:
+        FormatError: ``cocoonfs-device-blocks`` where the device's blocks are larger than the volume's IO blocks.
+    """
+
+    def __init__(self, device: BlockDevice, layout: ImageLayout) -> None:
+        if device.block_size_bytes > layout.io_bytes:
+            raise FormatError(
+                "the device's blocks are larger than the volume's IO blocks",
+                code="cocoonfs-device-blocks",
+                hint="open it on a device with smaller blocks, or format with larger IO blocks",
+                expected=layout.io_bytes,
+                got=device.block_size_bytes,
+            )
+        self.device = device
+        self._ab_bytes = layout.ab_bytes
+        self.size_ab = device.size_bytes // layout.ab_bytes
+
+    def read_many(self, extents: Sequence[Extent]) -> list[bytes]:
+        """The raw contents of each extent.
+
+        Raises:
+            FormatError: ``cocoonfs-truncated`` for one beyond the device's end.
+        """
+        size, block = self._ab_bytes, self.device.block_size_bytes
+        if any(begin + length > self.size_ab for begin, length in extents):
+            raise FormatError(
+                "the volume is larger than its device",
+                code="cocoonfs-truncated",
+                hint="the disk was cut short, or it is not the whole disk",
+                got=self.device.size_bytes,
+            )
+        if size >= block:
+            return self.device.read([(begin * size, length * size) for begin, length in extents])
+        ranges = []
+        for begin, length in extents:
+            first = begin * size // block * block
+            ranges.append((first, -(-((begin + length) * size) // block) * block - first))
+        contents = self.device.read(ranges)
+        return [
+            content[begin * size - first : (begin + length) * size - first]
+            for content, (first, _), (begin, length) in zip(contents, ranges, extents, strict=True)
+        ]
+
+    def read(self, extent: Extent) -> bytes:
+        """The raw contents of one extent."""
+        return self.read_many([extent])[0]
+
+    def write(self, pieces: Iterable[tuple[int, bytes]]) -> None:
+        """Write (first ab, contents) pieces; neighbours are joined, no order is promised."""
+        joined: list[tuple[int, list[bytes]]] = []
+        end = -1
+        for begin, data in sorted(pieces, key=lambda piece: piece[0]):
+            offset = begin * self._ab_bytes
+            if offset == end:
+                joined[-1][1].append(data)
+            else:
+                joined.append((offset, [data]))
+            end = offset + len(data)
+        self.device.write([(offset, parts[0] if len(parts) == 1 else b"".join(parts)) for offset, parts in joined])
+
+    @property
+    def first_bytes(self) -> int:
+        """Length of a device block: what the last write of a protected extent covers."""
+        return self.device.block_size_bytes
+
+    def zero_first(self, begin_ab: int) -> None:
+        """Overwrite the first device block of a protected extent with zeros."""
+        self.device.write([(begin_ab * self._ab_bytes, bytes(self.first_bytes))])
+
+    def write_tail(self, begin_ab: int, data: bytes) -> tuple[int, bytes] | None:
+        """What of a protected extent goes before its first device block: (offset in bytes, data), if any."""
+        if len(data) == self.first_bytes:
+            return None
+        return begin_ab * self._ab_bytes + self.first_bytes, data[self.first_bytes :]
+
+    def write_bytes(self, pieces: Sequence[tuple[int, bytes]]) -> None:
+        """Write pieces given by byte offset."""
+        self.device.write(list(pieces))
+
+    def write_first(self, begin_ab: int, data: bytes) -> None:
+        """The first device block of a protected extent."""
+        self.device.write([(begin_ab * self._ab_bytes, data[: self.first_bytes])])
+
+    def flush(self) -> None:
+        """A barrier."""
+        self.device.flush()

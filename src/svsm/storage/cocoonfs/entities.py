@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""The three shapes of encrypted things: a block, a list of extents, a chain of extents.
+
+* A *block* has a known payload length: ``IV | ciphertext`` (bitmap blocks, index nodes).
+* *Extents* hold a file: one CBC stream over all of them, PKCS#7 behind the data, zeros behind that.
+* *Chained extents* hold what must be found from one pointer (extents lists, the journal's log): each plaintext starts
+  with a pointer to the next extent; in the authenticated flavour each extent carries a tag that covers the previous.
+
+Decryption here is never the first thing that looks at hostile bytes: callers authenticate, or pass the MAC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from cryptography.hazmat.primitives.hmac import HMAC
+
+from svsm.formats.errors import FormatError, IntegrityError
+from svsm.formats.record import Buffer
+from svsm.storage.cocoonfs.encoding import (
+    MAX_POINTER_EXTENT_AB,
+    Extent,
+    decode_extent_pointer,
+    encode_extent_pointer,
+)
+from svsm.storage.cocoonfs.layout import ImageLayout, Subject
+from svsm.storage.cocoonfs.primitives import equal
+
+__all__ = [
+    "Chain",
+    "authentication_failure",
+    "block_payload_bytes",
+    "decrypt_block",
+    "decrypt_extents",
+    "encrypt_block",
+    "encrypt_extents",
+    "extents_bytes_needed",
+]
+
+Crypt = Callable[[Buffer], bytes]
+Random = Callable[[int], bytes]
+_IV = 16
+
+
+def authentication_failure(stage: str, **details: int) -> IntegrityError:
+    """The one error for everything that does not authenticate; the stage is for the owner's log only."""
+    return IntegrityError(
+        "the volume does not authenticate: wrong key, or its contents were changed",
+        code="cocoonfs-authentication",
+        hint="check that key and volume belong together; a volume that was changed cannot be repaired",
+        stage=stage,
+        **details,
+    )
+
+
+def _padding_is_wrong(what: str) -> FormatError:
+    return FormatError("padding behind a plaintext is malformed", code="cocoonfs-format", field=what)
+
+
+def block_payload_bytes(block_bytes: int) -> int:
+    """How many bytes of plaintext an encrypted block of this size holds."""
+    return (block_bytes - _IV) // _IV * _IV
+
+
+def decrypt_block(decrypt: Crypt, data: bytes) -> bytes:
+    """The plaintext of a block."""
+    pad = (len(data) - _IV) % _IV
+    return decrypt(data if not pad else data[:_IV] + data[_IV + pad :])
+
+
+def encrypt_block(encrypt: Crypt, payload: bytes, block_bytes: int, random: Random) -> bytes:
+    """A whole block; `payload` is filled up with zeros."""
+    pad = (block_bytes - _IV) % _IV
+    sealed = encrypt(random(_IV) + payload.ljust(block_payload_bytes(block_bytes), b"\0"))
+    return sealed if not pad else sealed[:_IV] + random(pad) + sealed[_IV:]
+
+
+def _strip_padding(plaintext: bytes, what: str) -> bytes:
+    stripped = plaintext.rstrip(b"\0")
+    if not stripped:
+        raise _padding_is_wrong(what)
+    count = stripped[-1]
+    if count > _IV or stripped[-count:] != bytes([count]) * count:
+        raise _padding_is_wrong(what)
+    return stripped[:-count]
+
+
+def _pad(data: bytes, total_bytes: int) -> bytes:
+    count = _IV - len(data) % _IV
+    return (data + bytes([count]) * count).ljust(total_bytes, b"\0")
+
+
+def extents_bytes_needed(length: int) -> int:
+    """Bytes of extents that data of this length needs, IV and padding included."""
+    return _IV + length + _IV - length % _IV
+
+
+def decrypt_extents(decrypt: Crypt, extents: Sequence[bytes]) -> bytes:
+    """A file's contents from the contents of its extents.
+
+    Raises:
+        FormatError: ``cocoonfs-format``.
+    """
+    return _strip_padding(decrypt(extents[0] if len(extents) == 1 else b"".join(extents)), "file")
+
+
+def encrypt_extents(encrypt: Crypt, data: bytes, total_bytes: int, random: Random) -> bytes:
+    """What to lay into a file's extents, end to end (every extent is a multiple of the cipher block)."""
+    return encrypt(random(_IV) + _pad(data, total_bytes - _IV))
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """How one kind of chained extents is read and written.
+
+    Attributes:
+        layout: The configuration.
+        header_bytes: Length of the plaintext header in the first extent.
+        mac: State for the tags, or None for the flavour without.
+        context: Associated data that every tag covers.
+        what: For messages.
+    """
+
+    layout: ImageLayout
+    header_bytes: int
+    mac: HMAC | None
+    context: bytes
+    what: str
+
+    @property
+    def tag_bytes(self) -> int:
+        """Length of each tag; 0 without authentication."""
+        return 0 if self.mac is None else self.layout.preauth_hash.digest_bytes
+
+    def _front(self, first: bool) -> int:
+        return self.header_bytes + self.tag_bytes + _IV if first else self.tag_bytes
+
+    def capacity(self, extent_bytes: int, *, first: bool) -> int:
+        """Payload bytes in an extent that is followed by another (the last one holds one byte less)."""
+        return max(0, (extent_bytes - self._front(first)) // _IV * _IV - 8)
+
+    def tails_needed(self, payload_bytes: int, head_bytes: int, unit_ab: int) -> list[int]:
+        """Lengths in ab of the extents behind a head of `head_bytes` that the payload needs, multiples of `unit_ab`."""
+        rest = payload_bytes - self.capacity(head_bytes, first=True)
+        tails: list[int] = []
+        while rest >= 0:
+            length = unit_ab
+            while length + unit_ab <= MAX_POINTER_EXTENT_AB and self._tail_capacity(length) <= rest:
+                length += unit_ab
+            tails.append(length)
+            rest -= self._tail_capacity(length)
+        return tails
+
+    def _tail_capacity(self, length_ab: int) -> int:
+        return self.capacity(length_ab * self.layout.ab_bytes, first=False)
+
+    def _tag(self, parts: Sequence[bytes], *, first: bool) -> bytes:
+        if self.mac is None:
+            return b""
+        state = self.mac.copy()
+        for part in parts:
+            state.update(part)
+        state.update(self.context + len(self.context).to_bytes(8, "little") + self.layout.cipher.encoded)
+        state.update((b"\0" if first else b"\1") + Subject.CHAINED_EXTENTS)
+        return state.finalize()
+
+    def encode(
+        self, encrypt: Crypt, header: bytes, payload: bytes, extents: Sequence[Extent], random: Random
+    ) -> list[bytes]:
+        """The contents of each extent; they must have room for the payload and a byte more."""
+        contents: list[bytes] = []
+        iv = tag = b""
+        offset = 0
+        for index, (_, length_ab) in enumerate(extents):
+            first, last = index == 0, index == len(extents) - 1
+            size = length_ab * self.layout.ab_bytes
+            body = (size - self._front(first)) // _IV * _IV
+            chunk = payload[offset : offset + self.capacity(size, first=first)]
+            offset += len(chunk)
+            plain = encode_extent_pointer(None if last else extents[index + 1]) + chunk
+            plain = _pad(plain, body) if last else plain
+            if len(plain) != body:
+                raise FormatError("a chain has no room for its payload", code="cocoonfs-format", field=self.what)
+            # The context's chaining value carries over from extent to extent, so only the first draws an IV.
+            sealed = encrypt(random(_IV) + plain) if first else encrypt(plain)
+            pad = random((size - self._front(first)) % _IV)
+            if first:
+                iv, sealed = sealed[:_IV], sealed[_IV:]
+                tag = self._tag((header, bytes(self.tag_bytes), iv, pad, sealed), first=True)
+                contents.append(header + tag + iv + pad + sealed)
+            else:
+                tag = self._tag((tag, pad, sealed, iv), first=False)
+                contents.append(tag + pad + sealed)
+            iv = sealed[-_IV:]
+        return contents
+
+    def decode(
+        self,
+        decrypt: Crypt,
+        head: Extent,
+        read: Callable[[Extent], bytes],
+        *,
+        limit_ab: int,
+    ) -> tuple[bytes, list[Extent]]:
+        """Payload and extents of a chain.
+
+        Args:
+            decrypt: Of the chain's key.
+            head: The first extent.
+            read: Gives the contents of an extent; authenticates them where the chain does not.
+            limit_ab: The image's end; also bounds the chain, which cannot visit a block twice.
+
+        Raises:
+            IntegrityError: ``cocoonfs-authentication``.
+            FormatError: ``cocoonfs-format``.
+        """
+        payload = bytearray()
+        extents: list[Extent] = []
+        seen: set[int] = set()
+        iv = tag = b""
+        following: Extent | None = head
+        while following is not None:
+            extent, first = following, not extents
+            if extent[0] in seen:
+                raise FormatError("a chain of extents runs in a circle", code="cocoonfs-format", field=self.what)
+            seen.add(extent[0])
+            extents.append(extent)
+            data = read(extent)
+            plain, iv, tag = self._open(decrypt, data, iv, tag, first=first)
+            pointer = decode_extent_pointer(plain[:8], limit_ab=limit_ab)
+            if pointer is None:
+                payload += _strip_padding(plain, self.what)[8:]
+                following = None
+                continue
+            if pointer[1]:
+                raise FormatError("a chain has an indirect pointer", code="cocoonfs-format", field=self.what)
+            payload += plain[8:]
+            following = pointer[0]
+        return bytes(payload), extents
+
+    def _open(self, decrypt: Crypt, data: bytes, iv: bytes, tag: bytes, *, first: bool) -> tuple[bytes, bytes, bytes]:
+        front = self._front(first)
+        pad_bytes = (len(data) - front) % _IV
+        sealed = data[front + pad_bytes :]
+        if len(data) < front + _IV:
+            raise FormatError("an extent of a chain is too short", code="cocoonfs-format", field=self.what)
+        pad = data[front : front + pad_bytes]
+        if first:
+            header = data[: self.header_bytes]
+            found = data[self.header_bytes : self.header_bytes + self.tag_bytes]
+            iv = data[front - _IV : front]
+            made = self._tag((header, bytes(self.tag_bytes), iv, pad, sealed), first=True)
+        else:
+            found = data[: self.tag_bytes]
+            made = self._tag((tag, pad, sealed, iv), first=False)
+        if not equal(found, made):
+            raise authentication_failure(self.what)
+        return decrypt(iv + sealed), sealed[-_IV:], found

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""The cryptographic primitives that CocoonFS names by TCG identifier, all from pyca/cryptography.
+
+Everything in the file system that computes a hash, a MAC, a cipher or a checksum goes through here, so that the
+measured payload needs neither `hashlib` nor `hmac` of the standard library (they would bind the system's libcrypto).
+
+Two shapes make the file system fast enough in Python: a MAC state prepared once per key and copied per message, and
+one long-lived CBC context per key and direction. A CBC decryptor that is fed ``IV || ciphertext`` yields one block
+to drop and then the plaintext, whatever it decrypted before; an encryptor that is fed ``random block || plaintext``
+yields a uniformly distributed IV and then the ciphertext, which is the format on the disk. Contexts are not
+thread-safe; neither is a volume.
+"""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cryptography.hazmat.primitives import constant_time, hashes, hmac
+from cryptography.hazmat.primitives.ciphers import BlockCipherAlgorithm, Cipher, algorithms, modes
+
+from svsm.formats.errors import FormatError
+from svsm.formats.record import Buffer
+
+__all__ = [
+    "AES",
+    "CBC_MODE_ID",
+    "SHA256",
+    "CipherAlgorithm",
+    "HashAlgorithm",
+    "checksum",
+    "cipher_algorithm",
+    "equal",
+    "hash_algorithm",
+    "hmac_state",
+    "kdf_a",
+]
+
+CBC_MODE_ID = 0x0042
+SHA256 = 0x000B
+AES = 0x0006
+_BLOCK = 16
+_SWAP_PAIRS = bytes(((b & 0x55) << 1) | ((b & 0xAA) >> 1) for b in range(256))
+
+
+@dataclass(frozen=True, slots=True)
+class HashAlgorithm:
+    """A hash: TCG identifier, digest length in bytes, and how to make it."""
+
+    tcg_id: int
+    digest_bytes: int
+    make: Callable[[], hashes.HashAlgorithm]
+
+    def digest(self, *parts: Buffer) -> bytes:
+        """The hash of the parts' concatenation."""
+        state = hashes.Hash(self.make())
+        for part in parts:
+            state.update(part)
+        return state.finalize()
+
+
+_HASHES = {
+    algorithm.tcg_id: algorithm
+    for algorithm in (
+        HashAlgorithm(0x000B, 32, hashes.SHA256),
+        HashAlgorithm(0x000C, 48, hashes.SHA384),
+        HashAlgorithm(0x000D, 64, hashes.SHA512),
+        HashAlgorithm(0x0012, 32, hashes.SM3),
+        HashAlgorithm(0x0027, 32, hashes.SHA3_256),
+        HashAlgorithm(0x0028, 48, hashes.SHA3_384),
+        HashAlgorithm(0x0029, 64, hashes.SHA3_512),
+    )
+}
+
+
+def hash_algorithm(tcg_id: int) -> HashAlgorithm:
+    """The hash with this TCG identifier.
+
+    Raises:
+        FormatError: ``cocoonfs-unsupported-hash``.
+    """
+    if tcg_id not in _HASHES:
+        raise FormatError("this volume uses a hash that is not supported", code="cocoonfs-unsupported-hash", got=tcg_id)
+    return _HASHES[tcg_id]
+
+
+def hmac_state(algorithm: HashAlgorithm, key: bytes) -> hmac.HMAC:
+    """A MAC state to `copy` once per message."""
+    return hmac.HMAC(key, algorithm.make())
+
+
+def _camellia(key: bytes) -> BlockCipherAlgorithm:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from cryptography.hazmat.decrepit.ciphers.algorithms import Camellia
+
+        return Camellia(key)
+
+
+_CIPHERS: dict[tuple[int, int], Callable[[bytes], BlockCipherAlgorithm]] = {
+    (0x0006, 128): algorithms.AES,
+    (0x0006, 192): algorithms.AES,
+    (0x0006, 256): algorithms.AES,
+    (0x0013, 128): algorithms.SM4,
+    (0x0026, 128): _camellia,
+    (0x0026, 192): _camellia,
+    (0x0026, 256): _camellia,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CipherAlgorithm:
+    """A block cipher in CBC mode: TCG identifier and key size in bits."""
+
+    tcg_id: int
+    key_bits: int
+
+    @property
+    def key_bytes(self) -> int:
+        """Key length in bytes."""
+        return self.key_bits // 8
+
+    @property
+    def block_bytes(self) -> int:
+        """Block and IV length in bytes."""
+        return _BLOCK
+
+    @property
+    def encoded(self) -> bytes:
+        """How the format writes the pair: two big-endian u16."""
+        return self.tcg_id.to_bytes(2, "big") + self.key_bits.to_bytes(2, "big")
+
+    def _cbc(self, key: bytes, iv: bytes) -> Cipher[modes.ModeWithInitializationVector]:
+        return Cipher(_CIPHERS[self.tcg_id, self.key_bits](key), modes.CBC(iv))
+
+    def decryptor(self, key: bytes) -> Callable[[Buffer], bytes]:
+        """A function ``IV || ciphertext -> plaintext`` on one long-lived context; both multiples of the block."""
+        update = self._cbc(key, bytes(_BLOCK)).decryptor().update
+        return lambda data: update(data)[_BLOCK:]
+
+    def encryptor(self, key: bytes) -> Callable[[Buffer], bytes]:
+        """A function ``random block || plaintext -> IV || ciphertext`` on one long-lived context."""
+        return self._cbc(key, bytes(_BLOCK)).encryptor().update
+
+    def encrypt_with_iv(self, key: bytes, iv: bytes, plaintext: bytes) -> bytes:
+        """CBC with a given IV, whole blocks."""
+        return self._cbc(key, iv).encryptor().update(plaintext)
+
+    def encrypt_single_blocks(self, key: bytes, plaintext: bytes) -> bytes:
+        """Each block by itself (the format makes the IVs of staging copies so)."""
+        cipher = Cipher(_CIPHERS[self.tcg_id, self.key_bits](key), modes.ECB())
+        return cipher.encryptor().update(plaintext)
+
+
+def cipher_algorithm(tcg_id: int, key_bits: int) -> CipherAlgorithm:
+    """The cipher with this TCG identifier and key size.
+
+    Raises:
+        FormatError: ``cocoonfs-unsupported-cipher``.
+    """
+    if (tcg_id, key_bits) not in _CIPHERS:
+        raise FormatError(
+            "this volume uses a cipher that is not supported",
+            code="cocoonfs-unsupported-cipher",
+            got=tcg_id,
+            key_bits=key_bits,
+        )
+    return CipherAlgorithm(tcg_id, key_bits)
+
+
+def kdf_a(algorithm: HashAlgorithm, key: bytes, label: bytes, context: bytes, bits: int) -> bytes:
+    """KDFa of TPM 2.0 part 1 (SP 800-108 counter mode), with the separator byte after the label.
+
+    Returns:
+        ``bits // 8`` bytes.
+    """
+    base = hmac_state(algorithm, key)
+    out = b""
+    counter = 0
+    while len(out) < bits // 8:
+        counter += 1
+        state = base.copy()
+        state.update(counter.to_bytes(4, "big") + label + b"\0" + context + bits.to_bytes(4, "big"))
+        out += state.finalize()
+    return out[: bits // 8]
+
+
+def checksum(data: Buffer) -> bytes:
+    """The format's 8-byte checksum: CRC-32 of the data, then of the data with neighbouring bits swapped."""
+    swapped = bytes(data).translate(_SWAP_PAIRS)
+    return zlib.crc32(data).to_bytes(4, "little") + zlib.crc32(swapped).to_bytes(4, "little")
+
+
+def equal(left: bytes, right: bytes) -> bool:
+    """Comparison in constant time."""
+    return constant_time.bytes_eq(left, right)

@@ -1,0 +1,486 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""Changing a volume: collect, lay out, write the journal, apply.
+
+A commit's order, where each arrow is a barrier:
+
+    in-place data, staging copies, log, tail of the log's head  ->  the head's first device block  ->
+    tree nodes and targets  ->  zeros over the head's first device block  ->
+
+In place goes only what lies in journal blocks that were wholly free before; everything else is staged, disguised, in
+space that is free before *and* after. So until the head is there the old state is untouched, and from then on the
+journal alone leads to the new one. The first arrow pair is `prepare`, the rest `PreparedCommit.apply`; in between a
+ledger may decide, and `cancel` takes the head away again.
+
+The layout of a commit (`_Layout`) is made wholly in memory: index, bitmap, digests, tree, header, log. Nothing of the
+image's own state changes before the journal has been applied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from svsm.formats.errors import StateError
+from svsm.storage.cocoonfs.allocation import (
+    Space,
+    bits_per_bitmap_block,
+    no_space,
+    pack_states,
+    with_ranges,
+)
+from svsm.storage.cocoonfs.encoding import (
+    MAX_POINTER_EXTENT_AB,
+    Extent,
+    encode_extent_pointer,
+    encode_extents_list,
+    merge_ranges,
+)
+from svsm.storage.cocoonfs.entities import (
+    Chain,
+    Random,
+    encrypt_block,
+    encrypt_extents,
+    extents_bytes_needed,
+)
+from svsm.storage.cocoonfs.image import Image, entry_leaf_mac
+from svsm.storage.cocoonfs.index import Entry, IndexEditor, Node
+from svsm.storage.cocoonfs.journal import (
+    Copy,
+    Disguise,
+    JournalLog,
+    head_header,
+    journal_chain,
+    protect_head,
+)
+from svsm.storage.cocoonfs.keys import COUNTER_DOMAIN, INDEX_DOMAIN, JOURNAL_DOMAIN
+from svsm.storage.cocoonfs.layout import BITMAP_INODE, INDEX_INODE, MutableHeader, align_up
+from svsm.storage.cocoonfs.replay import bitmap_cover, block_place
+from svsm.storage.cocoonfs.tree import TreeUpdate
+
+__all__ = ["Change", "CommitPlan", "plan_commit"]
+
+_COUNTER_LIMIT = 1 << 128
+_RESERVED_BITMAP_BLOCKS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A file's new contents, or its removal (`data` None)."""
+
+    data: bytes | None = field(repr=False)
+    flags: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CommitPlan:
+    """Everything that a commit writes, and the state that it leads to."""
+
+    header: MutableHeader
+    counter: int
+    in_place: list[tuple[int, bytes]] = field(repr=False)
+    staging: list[tuple[int, bytes]] = field(repr=False)
+    targets: list[tuple[int, bytes]] = field(repr=False)
+    log_tails: list[tuple[int, bytes]] = field(repr=False)
+    head: bytes = field(repr=False)
+    tree: TreeUpdate
+    used: bytearray = field(repr=False)
+    nodes: dict[int, Node] = field(repr=False)
+    freed_nodes: list[Extent] = field(repr=False)
+    root: tuple[int, int]
+
+    def adopt(self, image: Image) -> None:
+        """Make the new state the image's own."""
+        image.header, image.counter, image.root = self.header, self.counter, self.root
+        image.tree.adopt(self.tree)
+        image.used = self.used
+        image.counted = with_ranges(bytearray(self.used), image.uncounted(), 0)
+        for block, _ in self.freed_nodes:
+            image.nodes.pop(block, None)
+        image.nodes.update(self.nodes)
+
+
+class _Layout:
+    def __init__(self, image: Image, random: Random) -> None:
+        self.image = image
+        self.random = random
+        self.layout = image.volume.layout
+        self.keys = image.volume.keys
+        self.space = Space(self.layout, image.used)
+        self.used = bytearray(image.used)
+        self.freed: list[Extent] = []
+        self.writes: list[tuple[int, bytes]] = []
+        self.editor = IndexEditor(image.format, image.load, image.root, self.space.block)
+        self._base: dict[int, bytes] = {}
+
+    # -- files -------------------------------------------------------------------------------------------------
+
+    def change(self, inode: int, change: Change) -> None:
+        """Lay out one file's change."""
+        old = self.editor.find(inode)
+        if old is not None:
+            extents, lists = self.image.extents_of(old)
+            self.freed += [*extents, *lists]
+        if change.data is None:
+            self.editor.remove(inode)
+        else:
+            self.editor.put(Entry(inode, self._place(inode, change.data), change.flags))
+
+    def _place(self, inode: int, data: bytes) -> bytes:
+        size = self.layout.ab_bytes
+        length = align_up(extents_bytes_needed(len(data)), size) // size
+        extents = self.space.for_file(length)
+        sealed = encrypt_extents(self.keys.encryptor(inode), data, length * size, self.random)
+        self._lay(extents, sealed)
+        if len(extents) == 1 and extents[0][1] <= MAX_POINTER_EXTENT_AB:
+            return encode_extent_pointer(extents[0])
+        return encode_extent_pointer(self._place_list(inode, encode_extents_list(extents)), indirect=True)
+
+    def _lay(self, extents: Iterable[Extent], content: bytes) -> None:
+        at = 0
+        for begin, length in extents:
+            self.writes.append((begin, content[at : at + length * self.layout.ab_bytes]))
+            with_ranges(self.used, ((begin, length),), 1)
+            at += length * self.layout.ab_bytes
+
+    def _place_list(self, inode: int, encoded: bytes) -> Extent:
+        chain = Chain(self.layout, 0, None, b"", "extents list")
+        size = self.layout.ab_bytes
+        length = 1
+        while length < MAX_POINTER_EXTENT_AB and chain.capacity(length * size, first=True) <= len(encoded):
+            length += 1
+        head = self.space.aligned(length, 1)
+        if head is None:
+            raise no_space(length)
+        extents = [head, *self._tails(chain, len(encoded), head, 1)]
+        encrypt = self.keys.encryptor(inode, extents_list=True)
+        for extent, content in zip(extents, chain.encode(encrypt, b"", encoded, extents, self.random), strict=True):
+            self._lay((extent,), content)
+        return head
+
+    def _tails(self, chain: Chain, payload_bytes: int, head: Extent, unit: int) -> list[Extent]:
+        size = self.layout.ab_bytes
+        rest = payload_bytes - chain.capacity(head[1] * size, first=True)
+        tails: list[Extent] = []
+        while rest >= 0:
+            length = unit
+            while length + unit <= MAX_POINTER_EXTENT_AB and chain.capacity(length * size, first=False) <= rest:
+                length += unit
+            extent = self.space.aligned(length, unit)
+            while extent is None and length > unit:
+                length -= unit
+                extent = self.space.aligned(length, unit)
+            if extent is None or chain.capacity(length * size, first=False) <= 0:
+                raise no_space(length)
+            tails.append(extent)
+            rest -= chain.capacity(length * size, first=False)
+        return tails
+
+    # -- metadata ----------------------------------------------------------------------------------------------
+
+    def _index(self) -> dict[int, Node]:
+        """Write the index's dirty nodes; they come back by block."""
+        editor = self.editor
+        if editor.root != self.image.root:
+            editor.put(Entry(INDEX_INODE, encode_extent_pointer(editor.root_pointer()), self._flags_of_index()))
+        created = set(editor.created)
+        for extent in editor.freed:
+            if extent in created:
+                self.space.give_back((extent,))
+            else:
+                self.freed.append(extent)
+        encrypt = self.keys.encryptor(INDEX_DOMAIN)
+        for block, node in editor.dirty.items():
+            size = editor.format.node_ab(node) * self.layout.ab_bytes
+            self._lay(
+                ((block, editor.format.node_ab(node)),),
+                encrypt_block(encrypt, editor.format.pack(node), size, self.random),
+            )
+        return dict(editor.dirty)
+
+    def _flags_of_index(self) -> int:
+        entry = self.editor.find(INDEX_INODE)
+        return entry.flags if entry else 0
+
+    def _bitmap(self) -> None:
+        """Write the bitmap blocks whose bits changed."""
+        per_block = bits_per_bitmap_block(self.layout)
+        encrypt = self.keys.encryptor(BITMAP_INODE)
+        size = self.layout.bitmap_ab * self.layout.ab_bytes
+        before, after = self.image.used, self.used
+        for number, begin in enumerate(range(0, len(after), per_block)):
+            bits = after[begin : begin + per_block]
+            if bits == before[begin : begin + per_block]:
+                continue
+            place = block_place(self.image.bitmap_extents, number * self.layout.bitmap_ab)
+            words = pack_states(bits.ljust(per_block, b"\0"))
+            self.writes.append((place, encrypt_block(encrypt, words, size, self.random)))
+
+    # -- contents of blocks ------------------------------------------------------------------------------------
+
+    def _base_block(self, number: int) -> bytes:
+        """A journal block as it is now, checked."""
+        if number not in self._base:
+            unit = self.layout.journal_ab
+            self._base[number] = self.image.read_checked(number * unit, (number + 1) * unit)
+        return self._base[number]
+
+    def _dirty_io(self, writes: list[tuple[int, bytes]]) -> dict[int, bytes]:
+        """Whole IO blocks from the writes, what is between them taken from the disk."""
+        size, unit, io_bytes = self.layout.ab_bytes, self.layout.io_ab, self.layout.io_bytes
+        dirty: dict[int, bytes] = {}
+        partial: dict[int, bytearray] = {}
+        for begin, data in writes:
+            end = begin + len(data) // size
+            for number in range(begin // unit, -(-end // unit)):
+                lo, hi = number * unit, (number + 1) * unit
+                if begin <= lo and hi <= end:
+                    dirty[number] = data[(lo - begin) * size : (hi - begin) * size]
+                    continue
+                if number not in partial:
+                    partial[number] = bytearray(self._old_io(number))
+                first, last = max(begin, lo), min(end, hi)
+                part = data[(first - begin) * size : (last - begin) * size]
+                partial[number][(first - lo) * size : (first - lo) * size + len(part)] = part
+        dirty.update((number, bytes(content)) for number, content in partial.items())
+        if any(len(content) != io_bytes for content in dirty.values()):
+            raise StateError("an IO block came out with the wrong length", code="cocoonfs-failed")
+        return dirty
+
+    def _old_io(self, number: int) -> bytes:
+        """An IO block as it is now; random where none of it is in use."""
+        unit, size = self.layout.io_ab, self.layout.ab_bytes
+        if 1 not in self.image.used[number * unit : (number + 1) * unit]:
+            return self.random(unit * size)
+        per_journal = self.layout.journal_ab // unit
+        skip = number % per_journal * unit * size
+        return self._base_block(number // per_journal)[skip : skip + unit * size]
+
+    def _new_content(self, begin: int, end: int, dirty: Mapping[int, bytes], counted: bytearray) -> bytes:
+        """Contents of journal-aligned ``[begin, end)`` after the commit, as far as they count."""
+        unit, io_unit = self.layout.journal_ab, self.layout.io_ab
+        io_bytes = self.layout.io_bytes
+        parts: list[bytes] = []
+        for lo in range(begin, end, unit):
+            numbers = range(lo // io_unit, (lo + unit) // io_unit)
+            missing = [number for number in numbers if number not in dirty]
+            if missing and 1 in counted[lo : lo + unit]:
+                base = self._base_block(lo // unit)
+                parts += [
+                    dirty.get(number, base[(number - numbers[0]) * io_bytes : (number - numbers[0] + 1) * io_bytes])
+                    for number in numbers
+                ]
+            else:
+                parts += [dirty.get(number, bytes(io_bytes)) for number in numbers]
+        return b"".join(parts)
+
+    def _changed(self, writes: Iterable[tuple[int, bytes]]) -> list[Extent]:
+        """Journal-aligned ranges whose digests change."""
+        unit, size = self.layout.journal_ab, self.layout.ab_bytes
+        ranges = []
+        for begin, length in [*((begin, len(data) // size) for begin, data in writes), *self.freed]:
+            first = begin // unit * unit
+            ranges.append((first, align_up(begin + length, unit) - first))
+        return merge_ranges(ranges)
+
+    def _digests(
+        self, changed: list[Extent], dirty: Mapping[int, bytes], counted: bytearray
+    ) -> tuple[list[Extent], dict[int, bytes]]:
+        """(ranges for the log, new digest of each data block)."""
+        tree, unit = self.image.tree, self.layout.data_ab
+        image_end = align_up(self.image.image_ab, unit)
+        ranges: list[Extent] = []
+        digests: dict[int, bytes] = {}
+        for begin, length in changed:
+            content = self._new_content(begin, begin + length, dirty, counted)
+            end = min(begin + length, image_end)
+            states = bytes(counted[begin:end]).ljust(end - begin, b"\0")
+            first = tree.geometry.block_at(begin)
+            made = tree.digester.digests(first, content, states)
+            digests.update(enumerate(made, first))
+            ranges.append((begin, end - begin))
+        return ranges, digests
+
+    # -- the commit --------------------------------------------------------------------------------------------
+
+    def plan(self) -> CommitPlan:
+        """Lay out everything after all files."""
+        nodes = self._index()
+        with_ranges(self.used, self.freed, 0)
+        # A block freed and taken again in one transaction does not happen: `Space` keeps what was in use.
+        self._bitmap()
+        self._check_room()
+        image, layout = self.image, self.layout
+        counted = with_ranges(bytearray(self.used), image.uncounted(), 0)
+        counter = (image.counter + 1) % _COUNTER_LIMIT
+        header = self._header(counter, nodes)
+        begin = image.volume.places.header_begin_ab
+        provisional = [*self.writes, (begin, header.pack(layout))]
+        dirty = self._dirty_io(provisional)
+        ranges, digests = self._digests(self._changed(provisional), dirty, counted)
+        update = image.tree.update(digests, header.encrypted_counter)
+        header = MutableHeader(
+            header.aux_pointers,
+            update.root_digest,
+            header.encrypted_counter,
+            header.entry_leaf_hmac,
+            header.entry_leaf_pointer,
+            header.image_ab,
+        )
+        # Headers do not count for digests, so the root digest may go in now.
+        dirty = self._dirty_io([*self.writes, (begin, header.pack(layout))])
+        return self._journal(header, counter, dirty, ranges, digests, update, nodes)
+
+    def _header(self, counter: int, nodes: Mapping[int, Node]) -> MutableHeader:
+        image, layout = self.image, self.layout
+        key = self.keys.encryption_key(COUNTER_DOMAIN)
+        encrypted = layout.cipher.encrypt_with_iv(key, bytes(16), counter.to_bytes(16, "little"))
+        leaf_mac = image.header.entry_leaf_hmac
+        if image.entry_leaf in nodes:
+            raw = next(data for begin, data in self.writes if begin == image.entry_leaf)
+            leaf_mac = entry_leaf_mac(layout, self.keys, raw)
+        return MutableHeader(
+            image.header.aux_pointers,
+            bytes(layout.root_hash.digest_bytes),
+            encrypted,
+            leaf_mac,
+            image.header.entry_leaf_pointer,
+            image.image_ab,
+        )
+
+    def _check_room(self) -> None:
+        """Refuse what would leave too little room for the journal of a later removal."""
+        unit = self.layout.io_ab
+        before = Space(self.layout, self.image.used).free_units(unit)
+        after = Space(self.layout, self.used).free_units(unit)
+        if after < before and after < self._reserve():
+            raise no_space(self.used.count(1) - self.image.used.count(1))
+
+    def _reserve(self) -> int:
+        """IO blocks that the journal of a removal may need."""
+        layout, image = self.layout, self.image
+        per_journal = layout.journal_ab // layout.io_ab
+        node_io = align_up(max(layout.leaf_ab, layout.internal_ab), layout.io_ab) // layout.io_ab
+        bitmaps = -(-image.image_ab // bits_per_bitmap_block(layout))
+        bitmap_io = align_up(layout.bitmap_ab, layout.io_ab) // layout.io_ab
+        return 1 + 2 * node_io * image.root[1] + bitmap_io * min(bitmaps, _RESERVED_BITMAP_BLOCKS) + 4 * per_journal
+
+    def _split(self, dirty: Mapping[int, bytes]) -> tuple[list[int], list[int]]:
+        """(IO blocks to write in place, IO blocks to stage), ascending."""
+        unit = self.layout.journal_ab
+        per_journal = unit // self.layout.io_ab
+        in_place: list[int] = []
+        staged: list[int] = []
+        old = self.image.used
+        for number in sorted(dirty):
+            lo = number // per_journal * unit
+            (staged if 1 in old[lo : lo + unit] else in_place).append(number)
+        return in_place, staged
+
+    def _journal(
+        self,
+        header: MutableHeader,
+        counter: int,
+        dirty: Mapping[int, bytes],
+        ranges: list[Extent],
+        digests: Mapping[int, bytes],
+        update: TreeUpdate,
+        nodes: dict[int, Node],
+    ) -> CommitPlan:
+        image, layout, unit = self.image, self.layout, self.layout.io_ab
+        in_place, staged = self._split(dirty)
+        # Blocks that are only partly used by this transaction must not serve as staging space as well.
+        for number in in_place:
+            self.space.take_rest((number * unit, unit))
+        where = [
+            place + index
+            for begin, length in self.space.pieces(len(staged) * unit, unit)
+            for place in (begin // unit,)
+            for index in range(length // unit)
+        ]
+        disguise = Disguise.draw(layout.cipher, self.random)
+        places = [
+            (target * unit + index, staging * unit + index)
+            for target, staging in zip(staged, where, strict=True)
+            for index in range(unit)
+        ]
+        covered = disguise.apply(b"".join(dirty[number] for number in staged), places)
+        size = layout.io_bytes
+        log = JournalLog(
+            tree_extents=image.tree.geometry.extents,
+            bitmap_extents=image.bitmap_extents,
+            fragments=self._fragments(digests),
+            copies=_copies(staged, where),
+            digests=tuple(ranges),
+            trims=None,
+            disguise=disguise,
+        )
+        head, tails = self._log(log.pack(layout, self.keys), header.aux_pointers)
+        return CommitPlan(
+            header=header,
+            counter=counter,
+            in_place=[(number * unit, dirty[number]) for number in in_place],
+            staging=[(place * unit, covered[at * size : (at + 1) * size]) for at, place in enumerate(where)],
+            targets=[(number * unit, dirty[number]) for number in staged]
+            + [(extent[0], content) for extent, content in image.tree.node_writes(update)],
+            log_tails=tails,
+            head=head,
+            tree=update,
+            used=self.used,
+            nodes=nodes,
+            freed_nodes=self.editor.freed,
+            root=self.editor.root,
+        )
+
+    def _fragments(self, digests: Mapping[int, bytes]) -> tuple[tuple[int, bytes], ...]:
+        image, unit = self.image, self.layout.data_ab
+        tree = image.tree
+        leaves = {block >> tree.geometry.leaf_log2 for block in digests}
+        _, ranges = bitmap_cover(image.volume, tree.geometry, image.bitmap_extents, leaves)
+        fragments = []
+        for begin, length in ranges:
+            for at in range(begin, begin + length, unit):
+                block = tree.geometry.block_at(at)
+                fragments.append((at, digests[block] if block in digests else tree.entries(block, 1)))
+        return tuple(fragments)
+
+    def _log(self, payload: bytes, aux_pointers: bytes) -> tuple[bytes, list[tuple[int, bytes]]]:
+        """(the head, unprotected transformation applied; the tails)."""
+        chain = journal_chain(self.layout, self.keys)
+        head = self.image.volume.places.journal_head
+        extents = [head, *self._tails(chain, len(payload), head, self.layout.journal_ab)]
+        contents = chain.encode(
+            self.keys.encryptor(JOURNAL_DOMAIN), head_header(self.layout, aux_pointers), payload, extents, self.random
+        )
+        tails = [(extent[0], content) for extent, content in zip(extents[1:], contents[1:], strict=True)]
+        return protect_head(self.layout, contents[0]), tails
+
+
+def _copies(targets: list[int], stagings: list[int]) -> tuple[Copy, ...]:
+    copies: list[Copy] = []
+    for target, staging in zip(targets, stagings, strict=True):
+        last = copies[-1] if copies else None
+        if last and last.target + last.length == target and last.staging + last.length == staging:
+            copies[-1] = Copy(last.target, last.staging, last.length + 1)
+        else:
+            copies.append(Copy(target, staging, 1))
+    return tuple(copies)
+
+
+def plan_commit(image: Image, changes: Mapping[int, Change], random: Random) -> CommitPlan:
+    """Lay out a commit in memory.
+
+    Args:
+        image: The opened image; it is only read.
+        changes: By inode.
+        random: Source of IVs, padding and one-time keys.
+
+    Raises:
+        StateError: ``cocoonfs-full``.
+        IntegrityError: ``cocoonfs-authentication``.
+        FormatError: ``cocoonfs-format``.
+    """
+    layout = _Layout(image, random)
+    # Removals first: they only free, so what they need of the index is not in the way of what comes.
+    for inode, change in sorted(changes.items(), key=lambda item: (item[1].data is not None, item[0])):
+        layout.change(inode, change)
+    return layout.plan()

@@ -1,0 +1,487 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""A volume as the rest of the system uses it: open, list, read, and commit in two steps.
+
+A volume is used by one thread. It is *permanently failed* after any error at or past the point where the journal's
+head may have reached the disk: what is on the disk then is the old or the new state, and only opening again tells
+which. Before that point an error leaves the volume as it was.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from svsm.abi.block import BlockDevice
+from svsm.formats.errors import FormatError, StateError
+from svsm.storage.cocoonfs.blockio import BlockIo
+from svsm.storage.cocoonfs.entities import Random
+from svsm.storage.cocoonfs.geometry import FixedPlaces
+from svsm.storage.cocoonfs.image import Image, VolumeContext, open_image
+from svsm.storage.cocoonfs.index import iterate
+from svsm.storage.cocoonfs.journal import is_active
+from svsm.storage.cocoonfs.keys import Keys
+from svsm.storage.cocoonfs.layout import (
+    CREATION_MAGIC,
+    DEFAULT_LAYOUT,
+    FIRST_USER_INODE,
+    MAGIC,
+    ImageLayout,
+    StaticHeader,
+    backup_creation_offset,
+)
+from svsm.storage.cocoonfs.mkfs import format_volume
+from svsm.storage.cocoonfs.replay import plan_replay
+from svsm.storage.cocoonfs.transaction import Change, CommitPlan, plan_commit
+
+__all__ = ["FileInfo", "FoundJournal", "PreparedCommit", "Probe", "Transaction", "Volume", "probe"]
+
+_MAX_INODE = (1 << 64) - 1
+_MAX_SALT = 255
+
+
+class Probe(enum.Enum):
+    """What a device seems to hold, by its magic numbers alone."""
+
+    BLANK = "blank"
+    COCOONFS = "cocoonfs"
+    CREATION_INFO = "creation-info"
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """One file of a listing."""
+
+    inode: int
+    flags: int
+
+
+@dataclass(frozen=True, slots=True)
+class FoundJournal:
+    """A commit that was found pending at open; its root digest is already checked."""
+
+    counter: int
+    root_digest: bytes
+
+
+def _read_start(device: BlockDevice, offset: int, length: int) -> bytes:
+    block = device.block_size_bytes
+    begin = offset // block * block
+    end = min(-(-(offset + length) // block) * block, device.size_bytes)
+    return device.read([(begin, end - begin)])[0][offset - begin :] if end > begin else b""
+
+
+def probe(device: BlockDevice) -> Probe:
+    """What kind of volume the magic numbers on a device announce; nothing is verified.
+
+    A creation-info header is also looked for in its backup place, so that an interrupted creation is not blank.
+    """
+    head = _read_start(device, 0, 8)[:8]
+    if head == MAGIC:
+        return Probe.COCOONFS
+    backup = backup_creation_offset(device.size_bytes)
+    if head == CREATION_MAGIC or (backup is not None and _read_start(device, backup, 8)[:8] == CREATION_MAGIC):
+        return Probe.CREATION_INFO
+    return Probe.BLANK
+
+
+def _read_static(device: BlockDevice) -> StaticHeader:
+    header = StaticHeader.measure(_read_start(device, 0, 128)[:128])
+    if header.size_bytes > device.size_bytes:
+        raise FormatError("the disk is shorter than its header", code="cocoonfs-truncated", got=device.size_bytes)
+    return header.parse_contents(_read_start(device, 0, header.size_bytes)[: header.size_bytes])
+
+
+def _context(device: BlockDevice, key: bytes, static: StaticHeader) -> VolumeContext:
+    io = BlockIo(device, static.layout)
+    return VolumeContext(static, static.layout, FixedPlaces.of(static), Keys(key, static), io)
+
+
+class Volume:
+    """An opened volume. Made by `open` or `create`."""
+
+    def __init__(self, image: Image, *, random: Random, head_is_clean: bool) -> None:
+        self._image = image
+        self._random = random
+        self._head_is_clean = head_is_clean
+        self._failed = False
+        self._pending: PreparedCommit | None = None
+
+    @classmethod
+    def open(
+        cls,
+        device: BlockDevice,
+        key: bytes,
+        *,
+        random: Random = os.urandom,
+        decide: Callable[[FoundJournal], bool] | None = None,
+    ) -> Volume:
+        """Open a volume; a pending commit is carried out first.
+
+        Args:
+            device: The disk.
+            key: The volume key, any length.
+            random: Source of randomness for later commits.
+            decide: Asked about a pending commit; False takes it back. Without it the answer is yes.
+
+        Raises:
+            IntegrityError: ``cocoonfs-authentication``: wrong key or changed contents; nothing was written.
+            FormatError: ``cocoonfs-no-magic``, ``cocoonfs-creation-info``, ``cocoonfs-header``, ``cocoonfs-truncated``,
+                ``cocoonfs-unsupported-…``, ``cocoonfs-format``.
+            StateError: ``cocoonfs-journal-pending`` on a read-only device.
+            BackendError: ``block-io``.
+        """
+        if probe(device) is Probe.CREATION_INFO:
+            raise FormatError(
+                "this volume was announced, but not created yet",
+                code="cocoonfs-creation-info",
+                hint="create it with the program that wrote the announcement",
+            )
+        volume = _context(device, key, _read_static(device))
+        head = volume.io.read(volume.places.journal_head)
+        journal = is_active(volume.layout, head)
+        clean = not any(head[: volume.io.first_bytes])
+        if journal is not None:
+            cls._settle(volume, journal, decide)
+            clean = True
+        return cls(open_image(volume), random=random, head_is_clean=clean)
+
+    @staticmethod
+    def _settle(volume: VolumeContext, head: bytes, decide: Callable[[FoundJournal], bool] | None) -> None:
+        plan = plan_replay(volume, head)
+        io = volume.io
+        if io.device.read_only:
+            raise StateError(
+                "a commit is pending, and the device is read-only",
+                code="cocoonfs-journal-pending",
+                hint="open the volume for writing once",
+            )
+        if decide is None or decide(FoundJournal(plan.counter, plan.root_digest)):
+            io.write(plan.writes)
+            io.flush()
+        else:
+            plan.discards.clear()
+        io.zero_first(volume.places.journal_head[0])
+        io.flush()
+        if plan.discards:
+            size = volume.layout.ab_bytes
+            io.device.discard([(begin * size, length * size) for begin, length in plan.discards])
+
+    @classmethod
+    def create(
+        cls,
+        device: BlockDevice,
+        key: bytes,
+        *,
+        salt: bytes,
+        size_bytes: int | None = None,
+        layout: ImageLayout = DEFAULT_LAYOUT,
+        random: Random = os.urandom,
+    ) -> Volume:
+        """Make an empty volume and open it. Whatever was on the device is lost.
+
+        Args:
+            device: The disk.
+            key: The volume key.
+            salt: At most 255 bytes, stored in clear; makes the keys differ between volumes of one key.
+            size_bytes: How much of the device to use; all of it by default.
+            layout: The configuration.
+            random: Source of randomness.
+
+        Raises:
+            FormatError: ``cocoonfs-too-small``, ``cocoonfs-salt``, ``cocoonfs-device-blocks``.
+            BackendError: ``block-io``.
+        """
+        if len(salt) > _MAX_SALT:
+            raise FormatError("the salt is longer than 255 bytes", code="cocoonfs-salt", got=len(salt))
+        layout.validate()
+        size = device.size_bytes if size_bytes is None else size_bytes
+        if size > device.size_bytes:
+            raise FormatError("the device is smaller than that", code="cocoonfs-too-small", got=device.size_bytes)
+        volume = _context(device, key, StaticHeader(layout, salt))
+        format_volume(volume, size_bytes=size, random=random)
+        return cls.open(device, key, random=random)
+
+    @property
+    def counter(self) -> int:
+        """The update counter: one more with each commit."""
+        return self._image.counter
+
+    @property
+    def root_digest(self) -> bytes:
+        """The MAC over the whole state, 32 bytes by default."""
+        return self._image.header.root_hmac
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the image (not of the device)."""
+        return self._image.image_ab * self._image.volume.layout.ab_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """Unallocated space; a file can use a little less."""
+        return self._image.used.count(0) * self._image.volume.layout.ab_bytes
+
+    @property
+    def layout(self) -> ImageLayout:
+        """The configuration."""
+        return self._image.volume.layout
+
+    @property
+    def failed(self) -> bool:
+        """Whether the volume must be opened again."""
+        return self._failed
+
+    def _usable(self) -> Image:
+        if self._failed:
+            raise StateError(
+                "the volume failed during a commit and must be opened again",
+                code="cocoonfs-failed",
+                hint="start again; opening the volume finds the state before or after that commit",
+            )
+        return self._image
+
+    def list(self) -> list[FileInfo]:
+        """All files, by inode number."""
+        image = self._usable()
+        entries = iterate(image.load, image.entry_leaf, image.image_ab)
+        return [FileInfo(entry.inode, entry.flags) for entry in entries if entry.inode >= FIRST_USER_INODE]
+
+    def exists(self, inode: int) -> bool:
+        """Whether there is a file with this number."""
+        return inode >= FIRST_USER_INODE and self._usable().find(inode) is not None
+
+    def read(self, inode: int) -> bytes:
+        """A file's contents.
+
+        Raises:
+            StateError: ``cocoonfs-no-such-file``, ``cocoonfs-failed``.
+            IntegrityError: ``cocoonfs-authentication``.
+            FormatError: ``cocoonfs-format``.
+            BackendError: ``block-io``.
+        """
+        image = self._usable()
+        entry = image.find(inode) if inode >= FIRST_USER_INODE else None
+        if entry is None:
+            raise StateError("there is no such file in the volume", code="cocoonfs-no-such-file", inode=inode)
+        return image.read_file(entry)
+
+    def transaction(self) -> Transaction:
+        """Begin to collect changes."""
+        self._usable()
+        return Transaction(self)
+
+    def close(self) -> None:
+        """Close the device."""
+        self._image.volume.io.device.close()
+
+    # -- commit ------------------------------------------------------------------------------------------------
+
+    def _prepare(self, changes: dict[int, Change]) -> PreparedCommit:
+        image = self._usable()
+        if self._pending is not None:
+            raise StateError("another commit is prepared", code="cocoonfs-commit-pending")
+        if image.volume.io.device.read_only:
+            raise StateError("the device is read-only", code="block-read-only")
+        for inode, change in changes.items():
+            if change.data is None and image.find(inode) is None:
+                raise StateError("there is no such file in the volume", code="cocoonfs-no-such-file", inode=inode)
+        plan = plan_commit(image, changes, self._random)
+        io, head = image.volume.io, image.volume.places.journal_head[0]
+        if not self._head_is_clean:
+            with self._final():
+                io.zero_first(head)
+                io.flush()
+            self._head_is_clean = True
+        io.write([*plan.in_place, *plan.staging, *plan.log_tails])
+        tail = io.write_tail(head, plan.head)
+        if tail is not None:
+            io.write_bytes([tail])
+        with self._final():
+            io.flush()  # what the journal points at, before the journal
+            io.write_first(head, plan.head)
+            io.flush()  # the journal, before anything it would have to mend
+        self._pending = PreparedCommit(self, plan)
+        return self._pending
+
+    def _apply(self, plan: CommitPlan) -> None:
+        image = self._usable()
+        io = image.volume.io
+        with self._final():
+            io.write(plan.targets)
+            io.flush()  # the new state, before the journal that leads to it goes
+            self._clear_head()
+        plan.adopt(image)
+        self._pending = None
+
+    def _cancel(self) -> None:
+        self._usable()
+        with self._final():
+            self._clear_head()
+        self._pending = None
+
+    def _clear_head(self) -> None:
+        image = self._image
+        image.volume.io.zero_first(image.volume.places.journal_head[0])
+        image.volume.io.flush()  # the end of the journal, before its space is used again
+
+    def _final(self) -> _FailsForGood:
+        return _FailsForGood(self)
+
+    def _fail(self) -> None:
+        self._failed = True
+
+
+class _FailsForGood:
+    """Around what must not be tried twice: an exception inside makes the volume unusable."""
+
+    def __init__(self, volume: Volume) -> None:
+        self._volume = volume
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._volume._fail()
+
+
+class PreparedCommit:
+    """A commit whose journal is durable: after a power cut the volume opens in the new state unless `decide` says no.
+
+    Exactly one of `apply` and `cancel` ends it; until then the volume shows the old state and takes no other commit.
+    """
+
+    def __init__(self, volume: Volume, plan: CommitPlan) -> None:
+        self._volume = volume
+        self._plan: CommitPlan | None = plan
+        self.counter = plan.counter
+        self.root_digest = plan.header.root_hmac
+
+    def _take(self) -> CommitPlan:
+        plan, self._plan = self._plan, None
+        if plan is None:
+            raise StateError("this commit has ended", code="cocoonfs-commit-ended")
+        return plan
+
+    def apply(self) -> None:
+        """Put everything into place; the new state is the volume's from now on.
+
+        Raises:
+            BackendError: ``block-io``; the volume has failed then.
+            StateError: ``cocoonfs-commit-ended``, ``cocoonfs-failed``.
+        """
+        self._volume._apply(self._take())
+
+    def cancel(self) -> None:
+        """Take the journal away; the old state stays.
+
+        Raises:
+            BackendError: ``block-io``; the volume has failed then.
+            StateError: ``cocoonfs-commit-ended``, ``cocoonfs-failed``.
+        """
+        self._take()
+        self._volume._cancel()
+
+
+class Transaction:
+    """Changes to several files that happen together or not at all.
+
+    As a context manager it commits at the end of the block (prepare, then apply), and forgets everything where the
+    block raises.
+    """
+
+    def __init__(self, volume: Volume) -> None:
+        self._volume = volume
+        self._changes: dict[int, Change] | None = {}
+
+    def _open(self) -> dict[int, Change]:
+        if self._changes is None:
+            raise StateError("this transaction has ended", code="cocoonfs-transaction-ended")
+        return self._changes
+
+    def write(self, inode: int, data: bytes | bytearray | memoryview, flags: int = 0) -> None:
+        """Create or replace a file.
+
+        Args:
+            inode: At least 16.
+            data: All of its contents.
+            flags: One byte, the application's.
+
+        Raises:
+            StateError: ``cocoonfs-inode``, ``cocoonfs-flags``, ``cocoonfs-transaction-ended``.
+        """
+        if not FIRST_USER_INODE <= inode <= _MAX_INODE:
+            raise StateError("this inode number is not for files", code="cocoonfs-inode", inode=inode)
+        if not 0 <= flags <= 0xFF:
+            raise StateError("flags are one byte", code="cocoonfs-flags", got=flags)
+        self._open()[inode] = Change(bytes(data), flags)
+
+    def unlink(self, inode: int) -> None:
+        """Remove a file.
+
+        Raises:
+            StateError: ``cocoonfs-no-such-file``, ``cocoonfs-inode``, ``cocoonfs-transaction-ended``.
+        """
+        if not FIRST_USER_INODE <= inode <= _MAX_INODE:
+            raise StateError("this inode number is not for files", code="cocoonfs-inode", inode=inode)
+        changes = self._open()
+        known = changes.get(inode)
+        stored = self._volume.exists(inode)
+        if (known is None and not stored) or (known is not None and known.data is None):
+            raise StateError("there is no such file in the volume", code="cocoonfs-no-such-file", inode=inode)
+        if stored:
+            changes[inode] = Change(None)
+        else:
+            del changes[inode]
+
+    def read(self, inode: int) -> bytes:
+        """A file's contents as this transaction leaves it.
+
+        Raises:
+            StateError: ``cocoonfs-no-such-file``, ``cocoonfs-transaction-ended``.
+        """
+        known = self._open().get(inode)
+        if known is None:
+            return self._volume.read(inode)
+        if known.data is None:
+            raise StateError("there is no such file in the volume", code="cocoonfs-no-such-file", inode=inode)
+        return known.data
+
+    def prepare(self) -> PreparedCommit:
+        """Make the journal durable; the transaction ends.
+
+        Raises:
+            StateError: ``cocoonfs-full``: nothing was changed; ``cocoonfs-commit-pending``, ``cocoonfs-failed``.
+            BackendError: ``block-io``.
+        """
+        changes = self._open()
+        self._changes = None
+        return self._volume._prepare(changes)
+
+    def commit(self) -> None:
+        """`prepare` and `apply`; nothing at all where nothing was changed."""
+        if not self._open():
+            self._changes = None
+            return
+        self.prepare().apply()
+
+    def abandon(self) -> None:
+        """Forget the changes."""
+        self._changes = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self.abandon()
+        elif self._changes is not None:
+            self.commit()

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""A disk behind a connected stream socket: the block protocol and the driver that trusts nothing it hears.
+
+Every message is a 32-byte header (little-endian) and, for a write request or a read reply, data:
+
+    magic u32 "SVBD" | operation u8 | status u8 | reserved u16 | sequence u64 | offset u64 | length u64
+
+A reply repeats operation and sequence. INFO answers with offset = block size, length = capacity. Requests are
+answered in order. The other side may be hostile: a reply with another sequence number, operation, length or an
+unknown status, and a peer that stays silent past the deadline or closes, all end the device for good: after a lost
+reply nobody knows what is on the disk.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator, Sequence
+
+from svsm.abi.block import Extent, Range
+from svsm.formats.errors import ProtocolError, SvsmError
+from svsm.formats.record import U8, U16, U32, U64, Buffer, Record, record
+from svsm.storage.drivers.checks import (
+    block_io_error,
+    check_block_size,
+    check_ranges,
+    closed_error,
+    read_only_error,
+)
+
+__all__ = [
+    "DISCARD",
+    "FLUSH",
+    "INFO",
+    "MAGIC",
+    "MAX_TRANSFER_BYTES",
+    "READ",
+    "STATUS_IO_ERROR",
+    "STATUS_OK",
+    "WRITE",
+    "BlockMessage",
+    "RemoteDevice",
+]
+
+MAGIC = int.from_bytes(b"SVBD", "little")
+INFO, READ, WRITE, FLUSH, DISCARD = range(1, 6)
+STATUS_OK, STATUS_IO_ERROR = 0, 1
+MAX_TRANSFER_BYTES = 1 << 20
+_MAX_CAPACITY = 1 << 56
+_OUTSTANDING = 64
+_DEADLINE_SECONDS = 30.0
+
+
+@record(size=32, byte_order="little")
+class BlockMessage(Record):
+    """The header of every request and reply."""
+
+    magic: U32
+    operation: U8
+    status: U8
+    reserved_6: U16
+    sequence: U64
+    offset: U64
+    length: U64
+
+
+class RemoteDevice:
+    """A `BlockDevice` over a connected stream socket, which it owns.
+
+    Args:
+        connection: The socket; its timeout is this driver's from now on.
+        read_only: Refuse writes.
+        deadline_seconds: How long one operation may take.
+
+    Raises:
+        ProtocolError: ``block-protocol`` where the other side does not describe itself sensibly.
+        BackendError: ``block-io`` where it closes or stays silent.
+    """
+
+    def __init__(
+        self, connection: socket.socket, *, read_only: bool = False, deadline_seconds: float = _DEADLINE_SECONDS
+    ) -> None:
+        self._socket = connection
+        self._read_only = read_only
+        self._deadline_seconds = deadline_seconds
+        self._sequence = 0
+        self._dead: str | None = None
+        self._closed = False
+        self._size, self._block_size = self._describe()
+
+    def _describe(self) -> tuple[int, int]:
+        deadline = self._deadline()
+        sequence = self._send(INFO, 0, 0, b"", deadline)
+        reply = self._header(INFO, sequence, deadline)
+        try:
+            check_block_size(reply.offset)
+        except SvsmError:
+            raise self._protocol("block size", reply.offset) from None
+        if reply.length > _MAX_CAPACITY or reply.length % reply.offset:
+            raise self._protocol("capacity", reply.length)
+        return reply.length, reply.offset
+
+    # -- the wire ----------------------------------------------------------------------------------------------
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self._deadline_seconds
+
+    def _lost(self, operation: str, reason: str) -> SvsmError:
+        self._dead = self._dead or reason
+        return block_io_error(operation, reason)
+
+    def _protocol(self, field: str, got: int) -> SvsmError:
+        self._dead = f"it answered with a wrong {field}"
+        return ProtocolError("the disk's answer makes no sense", code="block-protocol", field=field, got=got)
+
+    def _wait(self, deadline: float) -> None:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise self._lost("answer", "no answer in time")
+        self._socket.settimeout(left)
+
+    def _send(self, operation: int, offset: int, length: int, data: Buffer, deadline: float) -> int:
+        self._sequence += 1
+        header = BlockMessage(MAGIC, operation, STATUS_OK, 0, self._sequence, offset, length)
+        rest = memoryview(header.pack() + bytes(data))
+        while len(rest):
+            self._wait(deadline)
+            try:
+                done = self._socket.send(rest)
+            except OSError as error:
+                raise self._lost("take a request", str(error)) from error
+            rest = rest[done:]
+        return self._sequence
+
+    def _receive(self, length: int, deadline: float) -> bytes:
+        data = bytearray()
+        while len(data) < length:
+            self._wait(deadline)
+            try:
+                part = self._socket.recv(min(length - len(data), MAX_TRANSFER_BYTES))
+            except OSError as error:
+                raise self._lost("answer", str(error)) from error
+            if not part:
+                raise self._lost("answer", "the connection was closed")
+            data += part
+        return bytes(data)
+
+    def _header(self, operation: int, sequence: int, deadline: float) -> BlockMessage:
+        reply = BlockMessage.parse(self._receive(BlockMessage.SIZE, deadline))
+        for field, got, expected in (
+            ("magic", reply.magic, MAGIC),
+            ("operation", reply.operation, operation),
+            ("sequence", reply.sequence, sequence),
+            ("reserved", reply.reserved_6, 0),
+        ):
+            if got != expected:
+                raise self._protocol(field, got)
+        if reply.status == STATUS_IO_ERROR and reply.length == 0:
+            raise block_io_error({READ: "read", WRITE: "write", FLUSH: "flush"}.get(operation, "answer"), "I/O error")
+        if reply.status != STATUS_OK:
+            raise self._protocol("status", reply.status)
+        return reply
+
+    def _answer(self, operation: int, sequence: int, length: int, deadline: float) -> bytes:
+        reply = self._header(operation, sequence, deadline)
+        expected = length if operation == READ else 0
+        if reply.length != expected:
+            raise self._protocol("length", reply.length)
+        return self._receive(expected, deadline)
+
+    def _run(self, requests: Iterator[tuple[int, int, int, Buffer]]) -> list[bytes]:
+        """Send requests, some of them ahead of the answers; the answers come back in order."""
+        if self._dead is not None:
+            raise block_io_error("answer", self._dead)
+        deadline = self._deadline()
+        answers: list[bytes] = []
+        waiting: list[tuple[int, int, int]] = []
+        failure: SvsmError | None = None
+
+        def settle(keep: int) -> None:
+            nonlocal failure
+            while len(waiting) > keep:
+                operation, sequence, length = waiting.pop(0)
+                try:
+                    answers.append(self._answer(operation, sequence, length, deadline))
+                except SvsmError as error:
+                    if self._dead is not None:
+                        raise
+                    failure = failure or error
+
+        for operation, offset, length, data in requests:
+            # A reader of answers must never wait for a writer of answers: reads are taken one by one.
+            settle(0 if operation == READ else _OUTSTANDING - 1)
+            waiting.append((operation, self._send(operation, offset, length, data, deadline), length))
+        settle(0)
+        if failure is not None:
+            raise failure
+        return answers
+
+    # -- BlockDevice -------------------------------------------------------------------------------------------
+
+    @property
+    def size_bytes(self) -> int:
+        """Capacity, as the other side stated it once."""
+        return self._size
+
+    @property
+    def block_size_bytes(self) -> int:
+        """Granularity, as the other side stated it once."""
+        return self._block_size
+
+    @property
+    def read_only(self) -> bool:
+        """Whether writes are refused."""
+        return self._read_only
+
+    def _check(self, ranges: Sequence[Range], *, writing: bool) -> None:
+        if self._closed:
+            raise closed_error()
+        check_ranges(ranges, size_bytes=self._size, block_size_bytes=self._block_size)
+        if writing and self._read_only:
+            raise read_only_error()
+
+    def read(self, ranges: Sequence[Range]) -> list[bytes]:
+        """The contents of each range."""
+        self._check(ranges, writing=False)
+        contents = []
+        for offset, length in ranges:
+            pieces = self._run(
+                (READ, at, min(MAX_TRANSFER_BYTES, offset + length - at), b"")
+                for at in range(offset, offset + length, MAX_TRANSFER_BYTES)
+            )
+            contents.append(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        return contents
+
+    def write(self, extents: Sequence[Extent]) -> None:
+        """Write all extents."""
+        self._check([(offset, len(data)) for offset, data in extents], writing=True)
+        self._run(
+            (WRITE, offset + at, len(chunk), chunk)
+            for offset, data in extents
+            for at in range(0, len(data), MAX_TRANSFER_BYTES)
+            for chunk in (memoryview(data)[at : at + MAX_TRANSFER_BYTES],)
+        )
+
+    def flush(self) -> None:
+        """A flush at the other side."""
+        self._check([], writing=False)
+        self._run(iter([(FLUSH, 0, 0, b"")]))
+
+    def discard(self, ranges: Sequence[Range]) -> None:
+        """Give up the ranges."""
+        self._check(ranges, writing=True)
+        self._run((DISCARD, offset, length, b"") for offset, length in ranges)
+
+    def close(self) -> None:
+        """Close the connection."""
+        if not self._closed:
+            self._closed = True
+            self._socket.close()

@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""The volume as kernel and tools see it. CocoonFS is the only format; nothing outside `storage` needs to know."""
+
+from __future__ import annotations
+
+from svsm.storage.cocoonfs import FileInfo, FoundJournal, PreparedCommit, Probe, Transaction, Volume, probe
+
+__all__ = ["FileInfo", "FoundJournal", "PreparedCommit", "Probe", "Transaction", "Volume", "probe"]
