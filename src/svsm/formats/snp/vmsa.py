@@ -96,7 +96,8 @@ class Vmsa(Record):
     br_to: U64 = 0
     last_excp_from: U64 = 0
     last_excp_to: U64 = 0
-    reserved_0x298: Annotated[bytes, Bytes(80)] = bytes(80)
+    reserved_0x298: Annotated[bytes, Bytes(72)] = bytes(72)
+    spec_ctrl: U64 = 0
     pkru: U32 = 0
     tsc_aux: U32 = 0
     guest_tsc_scale: U64 = 0
