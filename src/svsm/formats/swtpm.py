@@ -211,15 +211,17 @@ class DataReader:
         Raises:
             ProtocolError: ``tpm-command-size``, ``swtpm-data``; the stream is lost then.
         """
-        buffer = self._buffer + chunk if self._buffer else chunk
-        size = len(buffer)
-        # The usual case first: exactly one raw command.
-        if size >= MIN_COMMAND_BYTES and buffer[:2] != b"\0\0" and int.from_bytes(buffer[2:6], "big") == size:
-            if size > self._max_command_bytes:
-                raise self._misfit(size)
-            self._buffer = b""
-            return [DataFrame(buffer, None)]
-        return self._cut(buffer)
+        return self._cut(self._buffer + chunk)
+
+    def is_command(self, chunk: bytes) -> bool:
+        """Whether `chunk` is exactly one raw command, with nothing before it: then `feed` need not see it."""
+        size = len(chunk)
+        return (
+            MIN_COMMAND_BYTES <= size <= self._max_command_bytes
+            and not self._buffer
+            and chunk[:2] != b"\0\0"
+            and int.from_bytes(chunk[2:6], "big") == size
+        )
 
     def _cut(self, buffer: bytes) -> list[DataFrame]:
         frames: list[DataFrame] = []

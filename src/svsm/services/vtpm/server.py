@@ -167,7 +167,7 @@ class Server:
 
     def quiet(self) -> bool:
         """Whether one data client may have the process to itself for a moment."""
-        return self._data_clients == 1 and self._tpm.running and not self._kernel.has_completed
+        return self._data_clients == 1 and not self._kernel.has_completed
 
     def execute(self, command: bytes, locality: int | None) -> bytes:
         """A command of a data client."""
