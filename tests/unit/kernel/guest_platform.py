@@ -13,7 +13,7 @@ import socket
 from collections.abc import Mapping
 
 from svsm.abi.errors import ProtocolError
-from svsm.abi.platform import PAGE_SIZE, AttestationReport, Gpa, GuestExit, Permission, Vmpl
+from svsm.abi.platform import PAGE_SIZE, AttestationReport, Device, Gpa, GuestExit, Permission, Vmpl
 from svsm.formats.record import Buffer
 from svsm.formats.snp.vmsa import VmsaView
 from svsm.kernel.protocols.core import core_protocol
@@ -121,7 +121,16 @@ class FakePlatform:
     def guest_exit(self) -> GuestExit | None:
         raise NotImplementedError
 
-    def spawn(self, service: str, archive: Buffer, parameters: Mapping[str, str]) -> socket.socket:
+    def spawn(self, service: str, archive: int, parameters: Mapping[str, str]) -> socket.socket:
+        raise NotImplementedError
+
+    def change_state(self, gpa: Gpa, *, size_bytes: int, private: bool) -> None:
+        raise NotImplementedError
+
+    def next_device(self) -> Device | None:
+        raise NotImplementedError
+
+    def wait(self, *, deadline: float) -> bool:
         raise NotImplementedError
 
     def fileno(self) -> int:
