@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""The reference program reads, changes and replays volumes of ours, and we go on with what it wrote."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from svsm.storage.cocoonfs import Volume
+from svsm.storage.drivers.memory import MemoryDevice
+from tests.support import peer
+
+pytestmark = pytest.mark.interop
+KEY = hashlib.sha256(b"interop").digest()
+
+
+class _Tool:
+    def __init__(self, folder: Path) -> None:
+        self._program = peer("cocoonfs")
+        self._folder = folder
+        self._image = folder / "image"
+
+    def _run(self, *arguments: str) -> str:
+        command = [str(self._program), "-i", str(self._image), "-f", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr + done.stdout
+        return done.stdout
+
+    def give(self, content: bytes | bytearray) -> None:
+        self._image.write_bytes(content)
+
+    def take(self) -> MemoryDevice:
+        return MemoryDevice(self._image.read_bytes(), block_size_bytes=128)
+
+    def files(self) -> dict[int, int]:
+        listed = self._run("list-files", "-K", KEY.hex())
+        return {int(line.split()[0]): int(line.split()[1], 16) for line in listed.splitlines()}
+
+    def read(self, inode: int) -> bytes:
+        output = self._folder / "out"
+        output.unlink(missing_ok=True)
+        self._run("read-file", "-K", KEY.hex(), "-o", str(output), str(inode))
+        return output.read_bytes()
+
+    def write(self, inode: int, data: bytes, flags: int) -> None:
+        source = self._folder / "in"
+        source.write_bytes(data)
+        self._run("write-file", "-K", KEY.hex(), "-i", str(source), str(inode), str(flags))
+
+    def remove(self, inode: int) -> None:
+        self._run("remove-file", "-K", KEY.hex(), str(inode))
+
+
+@pytest.fixture
+def tool(tmp_path: Path) -> _Tool:
+    return _Tool(tmp_path)
+
+
+def _content(seed: int, length: int) -> bytes:
+    return hashlib.shake_128(b"interop %d" % seed).digest(length)
+
+
+def _created(size: int = 256 << 10) -> tuple[MemoryDevice, Volume]:
+    device = MemoryDevice(size, block_size_bytes=128)
+    return device, Volume.create(device, KEY, salt=b"\xdd\xee\xff")
+
+
+def _tool_agrees(tool: _Tool, device: MemoryDevice, files: dict[int, tuple[int, bytes]], sample: int = 8) -> None:
+    tool.give(device.data)
+    assert tool.files() == {inode: flags for inode, (flags, _) in files.items()}
+    for inode in sorted(files)[:: max(1, len(files) // sample)]:
+        assert tool.read(inode) == files[inode][1]
+
+
+def _write(volume: Volume, files: dict[int, tuple[int, bytes]], changes: dict[int, bytes | None]) -> None:
+    with volume.transaction() as transaction:
+        for inode, data in changes.items():
+            if data is None:
+                transaction.unlink(inode)
+                del files[inode]
+            else:
+                transaction.write(inode, data, inode % 256)
+                files[inode] = (inode % 256, data)
+
+
+@pytest.mark.parametrize("size", [16 << 10, 64 << 10, 559616, 1 << 20, 8 << 20])
+def test_mkfs(tool: _Tool, size: int) -> None:
+    device, volume = _created(size)
+    files: dict[int, tuple[int, bytes]] = {}
+    _tool_agrees(tool, device, files)
+    _write(volume, files, {16: b"", 17: _content(17, 111), 18: _content(18, 4000)})
+    _tool_agrees(tool, device, files)
+
+
+def test_replace_and_unlink(tool: _Tool) -> None:
+    device, volume = _created()
+    files: dict[int, tuple[int, bytes]] = {}
+    _write(volume, files, {16: _content(1, 5000), 20: _content(2, 30000), 1 << 40: _content(3, 1)})
+    _write(volume, files, {16: _content(4, 100), 20: _content(5, 40000)})
+    _write(volume, files, {1 << 40: None, 21: _content(6, 9000)})
+    _write(volume, files, {16: b"", 20: None})
+    _tool_agrees(tool, device, files)
+
+
+def test_fragmentation(tool: _Tool) -> None:
+    """Files in many extents: indirect lists, lists longer than a block, lists in a chain."""
+    device, volume = _created(1 << 20)
+    files: dict[int, tuple[int, bytes]] = {}
+    _write(volume, files, {100 + n: _content(n, 900) for n in range(700)})
+    _write(volume, files, {100 + n: None for n in range(0, 700, 2)})
+    # Fill the rest, so that only the holes are left.
+    free = volume.free_bytes
+    _write(volume, files, {16: _content(1, free - 360_000 - 40_000)})
+    _write(volume, files, {17: _content(2, 250_000)})
+    _tool_agrees(tool, device, files)
+    assert tool.read(17) == files[17][1]
+    assert tool.read(16) == files[16][1]
+    _write(volume, files, {17: None})
+    _tool_agrees(tool, device, files)
+
+
+def test_many_inodes(tool: _Tool) -> None:
+    device, volume = _created(1 << 20)
+    files: dict[int, tuple[int, bytes]] = {}
+    for start in range(0, 600, 100):
+        _write(volume, files, {16 + (n * 7919) % 6000: _content(n, n % 50) for n in range(start, start + 100)})
+    _tool_agrees(tool, device, files)
+    for inode in sorted(files)[100:400]:
+        files.pop(inode)
+    with volume.transaction() as transaction:
+        for info in volume.list():
+            if info.inode not in files:
+                transaction.unlink(info.inode)
+    _tool_agrees(tool, device, files)
+
+
+def test_pending_journal(tool: _Tool) -> None:
+    """The tool replays journals of ours: small ones, and ones with tails over distant regions."""
+    device, volume = _created(1 << 20)
+    files: dict[int, tuple[int, bytes]] = {}
+    _write(volume, files, {16 + n: _content(n, 3000) for n in range(60)})
+    transaction = volume.transaction()
+    for inode in (16, 40, 75):
+        transaction.write(inode, _content(inode, 2500), inode % 256)
+        files[inode] = (inode % 256, _content(inode, 2500))
+    transaction.unlink(60)
+    del files[60]
+    transaction.write(900, _content(9, 100_000), 900 % 256)
+    files[900] = (900 % 256, _content(9, 100_000))
+    prepared = transaction.prepare()
+    pending = MemoryDevice(device.data, block_size_bytes=128)
+    _tool_agrees(tool, pending, files, sample=12)
+    # Tool and replay of ours leave the same bytes.
+    ours = MemoryDevice(pending.data, block_size_bytes=128)
+    assert Volume.open(ours, KEY).root_digest == prepared.root_digest
+    assert bytes(tool.take().data) == bytes(ours.data)
+    prepared.apply()
+    assert Volume.open(device, KEY).root_digest == prepared.root_digest
+
+
+def test_turn_by_turn(tool: _Tool) -> None:
+    """Both write the same volume in turn."""
+    device, volume = _created()
+    files: dict[int, tuple[int, bytes]] = {}
+    for turn in range(6):
+        _write(volume, files, {16 + turn: _content(turn, 700 * turn), 50: _content(turn + 50, 2000)})
+        tool.give(device.data)
+        tool.write(30 + turn, _content(turn + 100, 1500), turn)
+        files[30 + turn] = (turn, _content(turn + 100, 1500))
+        if turn % 2:
+            tool.remove(16 + turn)
+            del files[16 + turn]
+        device = tool.take()
+        volume = Volume.open(device, KEY)
+        assert {info.inode: (info.flags, volume.read(info.inode)) for info in volume.list()} == files

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""The reference program's images: they open, read, and replay exactly as its manifest says."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import lzma
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from svsm.abi.block import Range
+from svsm.formats.errors import FormatError, IntegrityError
+from svsm.storage.cocoonfs import Probe, Volume, probe
+from svsm.storage.drivers.memory import MemoryDevice
+from tests.support import vectors
+
+
+class _NoDiscard(MemoryDevice):
+    """Discards do nothing, as on the files that the reference program wrote to."""
+
+    def discard(self, ranges: Sequence[Range]) -> None:
+        return None
+
+
+@functools.cache
+def _manifest() -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((vectors("cocoonfs") / "manifest.json").read_text())
+    return loaded
+
+
+def _names(kind: str) -> list[str]:
+    try:
+        entries = _manifest()[kind]
+    except pytest.skip.Exception:
+        return []
+    return [entry["file"] for entry in entries]
+
+
+def _entry(kind: str, file: str) -> dict[str, Any]:
+    found: dict[str, Any] = next(entry for entry in _manifest()[kind] if entry["file"] == file)
+    return found
+
+
+def _device(entry: dict[str, Any], options: dict[str, Any]) -> MemoryDevice:
+    data = (vectors("cocoonfs") / entry["file"]).read_bytes()
+    if entry["compression"] == "xz":
+        data = lzma.decompress(data)
+    assert hashlib.sha256(data).hexdigest() == entry["sha256"]
+    return _NoDiscard(data, block_size_bytes=128 if options["force_small_device_blocks"] else 4096)
+
+
+def _same_files(volume: Volume, files: dict[str, Any]) -> bool:
+    found = {info.inode: info.flags for info in volume.list()}
+    if found != {int(inode): described["flags"] for inode, described in files.items()}:
+        return False
+    for inode, described in files.items():
+        data = volume.read(int(inode))
+        if len(data) != described["length"] or hashlib.sha256(data).hexdigest() != described["sha256"]:
+            return False
+    return True
+
+
+def test_the_vectors_are_there() -> None:
+    vectors("cocoonfs")
+    assert len(_names("images")) == 60
+    assert len(_names("crash")) == 39
+
+
+@pytest.mark.parametrize("file", _names("images"))
+def test_image(file: str) -> None:
+    entry = _entry("images", file)
+    device = _device(entry, entry)
+    before = bytes(device.data)
+    key = bytes.fromhex(entry["key"])
+    if entry["state"] == "creation-info-only":
+        assert probe(device) is Probe.CREATION_INFO
+        with pytest.raises(FormatError) as caught:
+            Volume.open(device, key)
+        assert caught.value.code == "cocoonfs-creation-info"
+    else:
+        assert probe(device) is Probe.COCOONFS
+        volume = Volume.open(device, key)
+        assert _same_files(volume, entry["files"])
+        listed = "".join(f"{info.inode} 0x{info.flags:02x}\n" for info in volume.list())
+        assert listed == entry["list_files"]
+    assert bytes(device.data) == before
+
+
+@pytest.mark.parametrize("file", _names("images"))
+def test_wrong_key(file: str) -> None:
+    entry = _entry("images", file)
+    if entry["state"] == "creation-info-only":
+        return
+    key = bytearray.fromhex(entry["key"])
+    key[0] ^= 1
+    with pytest.raises(IntegrityError) as caught:
+        Volume.open(_device(entry, entry), bytes(key))
+    assert caught.value.code == "cocoonfs-authentication"
+
+
+@pytest.mark.parametrize("file", _names("crash"))
+def test_crash(file: str) -> None:
+    entry = _entry("crash", file)
+    scenario = next(s for s in _manifest()["crash_scenarios"] if s["name"] == entry["scenario"])
+    device = _device(entry, scenario)
+    before = bytes(device.data)
+    key = bytes.fromhex(scenario["key"])
+    if probe(device) is Probe.CREATION_INFO:
+        with pytest.raises(FormatError) as refused:
+            Volume.open(device, key)
+        assert refused.value.code == "cocoonfs-creation-info"
+        assert bytes(device.data) == before
+        return
+    if entry["expect"] == "refuse":
+        with pytest.raises(IntegrityError) as caught:
+            Volume.open(device, key)
+        assert caught.value.code == "cocoonfs-authentication"
+        assert bytes(device.data) == before  # the reference program has half applied it by then
+        return
+    volume = Volume.open(device, key)
+    sides = ["old", "new"] if entry["expect"] == "same" else [entry["expect"]]
+    assert all(_same_files(volume, scenario[side]["files"]) for side in sides)
+    expected = entry["reference"]["0.1.3"].get("sha256_after_open")
+    if expected is not None:
+        assert hashlib.sha256(device.data).hexdigest() == expected
+
+
+@pytest.mark.parametrize("file", _names("crash"))
+def test_crash_taken_back(file: str) -> None:
+    """With `decide` saying no, a pending journal leaves the old contents; where none is pending it is not asked."""
+    entry = _entry("crash", file)
+    if entry["phase"] != "journal-valid" or entry["expect"] != "new":
+        return
+    scenario = next(s for s in _manifest()["crash_scenarios"] if s["name"] == entry["scenario"])
+    device = _device(entry, scenario)
+    asked: list[int] = []
+    volume = Volume.open(device, bytes.fromhex(scenario["key"]), decide=lambda found: bool(asked.append(found.counter)))
+    assert asked == [volume.counter + 1]
+    assert _same_files(volume, scenario["old"]["files"])
+
+
+@pytest.mark.parametrize("file", _names("images"))
+def test_continue_writing(file: str) -> None:
+    """Volumes of every configuration that opens also take a transaction of ours."""
+    entry = _entry("images", file)
+    if entry["state"] == "creation-info-only" or entry["group"] in ("crypto", "creation-info") and "256" in file:
+        return
+    if entry["size"] <= 6144:
+        return  # no room for a file
+    device = _device(entry, entry)
+    key = bytes.fromhex(entry["key"])
+    volume = Volume.open(device, key)
+    files = {info.inode: (info.flags, volume.read(info.inode)) for info in volume.list()}
+    with volume.transaction() as transaction:
+        transaction.write(1 << 48, b"ours", 7)
+        for inode in list(files)[:1]:
+            transaction.unlink(inode)
+            del files[inode]
+    files[1 << 48] = (7, b"ours")
+    for opened in (volume, Volume.open(device, key)):
+        assert {info.inode: (info.flags, opened.read(info.inode)) for info in opened.list()} == files
