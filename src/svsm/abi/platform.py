@@ -16,7 +16,17 @@ from typing import NewType, Protocol
 
 from svsm.formats.record import Buffer
 
-__all__ = ["PAGE_SIZE", "AttestationReport", "Gpa", "GuestExit", "Permission", "Platform", "Vmpl"]
+__all__ = [
+    "PAGE_SIZE",
+    "AttestationReport",
+    "Device",
+    "DeviceKind",
+    "Gpa",
+    "GuestExit",
+    "Permission",
+    "Platform",
+    "Vmpl",
+]
 
 Gpa = NewType("Gpa", int)
 """Guest physical address, in bytes."""
@@ -58,6 +68,27 @@ class GuestExit:
     exit_info_2: int
 
 
+class DeviceKind(enum.StrEnum):
+    """What the host says that a device is."""
+
+    SERIAL = "serial"
+    DISK = "disk"
+    CLIENT = "client"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Device:
+    """Something that the host has handed over. Nothing about it is known to be true, not even its kind."""
+
+    kind: DeviceKind
+    index: int
+    """Which disk, or which TPM's client."""
+    port: int
+    """Of a client: 0 control, 1 data."""
+    descriptor: int
+    """Who takes the device owns it and closes it."""
+
+
 class Platform(Protocol):
     """One confidential VM's hardware, as VMPL0 sees it.
 
@@ -77,6 +108,12 @@ class Platform(Protocol):
     def adjust(self, gpa: Gpa, *, size_bytes: int, vmpl: Vmpl, permissions: Permission, vmsa: bool) -> None:
         """RMPADJUST: set what `vmpl` may do with one page."""
 
+    def change_state(self, gpa: Gpa, *, size_bytes: int, private: bool) -> None:
+        """Ask the host to assign pages to this VM (they still need `validate`), or to take them back as shared.
+
+        Pages that are given back must have been rescinded before; their contents are lost either way.
+        """
+
     def report(self, report_data: bytes) -> AttestationReport:
         """A VMPL0 report over `report_data` (64 bytes), signed by the chip."""
 
@@ -86,8 +123,20 @@ class Platform(Protocol):
     def guest_exit(self) -> GuestExit | None:
         """The exit of the running vCPU, or None while it runs. `fileno` polls readable when there is one."""
 
-    def spawn(self, service: str, archive: Buffer, parameters: Mapping[str, str]) -> socket.socket:
-        """Start a confined user-mode process from `archive`; returns the kernel's end of its syscall socket."""
+    def spawn(self, service: str, archive: int, parameters: Mapping[str, str]) -> socket.socket:
+        """Start a confined user-mode process; returns the kernel's end of its syscall socket.
+
+        Args:
+            service: Its role in the payload.
+            archive: Descriptor of the payload archive, a sealed memfd (`ProcessContext.archive`); stays the caller's.
+            parameters: What the service is told; names are words.
+        """
+
+    def next_device(self) -> Device | None:
+        """The oldest device that the host has handed over, or None. `fileno` polls readable when one arrives."""
+
+    def wait(self, *, deadline: float) -> bool:
+        """Wait until there is an event, or `deadline` (`time.monotonic`) has passed; False then."""
 
     def fileno(self) -> int:
         """Readable when the hardware has an event for the kernel."""

@@ -3,8 +3,7 @@
 
 Three channels use this codec, each with its own kinds: host ↔ hardware (the PSP and KVM commands), kernel ↔ hardware
 (the instructions that only VMPL0 executes) and kernel ↔ host (GHCB exits and devices, see `svsm.formats.snp.ghcb`).
-The vCPU process has its own records (`svsm.formats.snp.vcpu_messages`); where a VMSA page keeps what they carry is
-said here. A message is a fixed header with six unsigned
+The vCPU process has its own records (`svsm.formats.snp.vcpu_messages`). A message is a fixed header with six unsigned
 arguments, then a payload whose meaning the kind decides. An answer has its request's kind with `ANSWER` set and its
 identifier, so a peer that answers late, twice or out of turn is noticed.
 
@@ -24,16 +23,9 @@ from svsm.formats.record import U16, U32, U64, Buffer, Record, record
 __all__ = [
     "ANSWER",
     "ARGUMENTS",
-    "EFER_SVME",
     "HEADER_SIZE",
     "MAX_MESSAGE",
     "MAX_PAYLOAD",
-    "VMSA_EXIT_CODE",
-    "VMSA_EXIT_INFO_1",
-    "VMSA_EXIT_INFO_2",
-    "VMSA_GENERAL",
-    "VMSA_SEV_FEATURES",
-    "VMSA_VMPL",
     "HostCommand",
     "Instruction",
     "InstructionCode",
@@ -50,7 +42,8 @@ _VERSION: Final = 1
 
 
 class HostCommand(enum.IntEnum):
-    """Host ↔ hardware. Arguments in order; the answer's status is a `svsm.hardware.status.Firmware` code."""
+    """Host ↔ hardware. Arguments in order; an answer's status is a `FirmwareStatus`, for RMP_UPDATE an AMD RMPUPDATE
+    code (0 done, 1 input, 2 permission, 3 in use, 4 overlap)."""
 
     LAUNCH_START = 0x101
     """policy."""
@@ -66,6 +59,8 @@ class HostCommand(enum.IntEnum):
     """request gpa, response gpa; both shared pages."""
     CERTIFICATES = 0x121
     """none; answer payload: the certificate table that the host may offer with an extended request."""
+    CPUID = 0x122
+    """none; answer payload: a CPUID page (4096 bytes) with everything that this chip lets a guest have."""
     VMRUN = 0x130
     """VMSA gpa, value of the GHCB MSR (for a VMPL above 0)."""
     STOP = 0x1F0
@@ -74,7 +69,7 @@ class HostCommand(enum.IntEnum):
     """Notice from the hardware: VMSA gpa, exit code, exit info 1, exit info 2, GHCB MSR."""
     ENDED = 0x181
     """Notice from the hardware: the VM is no more. status: 0 ended by itself or STOP, 1 killed by the hardware;
-    argument 0: the wait status of the kernel process; payload: a reason as UTF-8 text."""
+    argument 0: the kernel's exit status, negative (two's complement) for a signal; payload: a reason as UTF-8 text."""
 
 
 class Instruction(enum.IntEnum):
@@ -85,10 +80,10 @@ class Instruction(enum.IntEnum):
     RMPADJUST = 0x202
     """gpa, page size in bytes, attribute word (target VMPL 7:0, permissions 11:8, VMSA 16)."""
     SPAWN = 0x210
-    """payload: JSON {"service", "parameters"}; one descriptor: the sealed code. The answer carries the syscall
-    socket's kernel end, argument 0 the service's number."""
+    """payload: JSON {"service", "parameters"}; one descriptor: the payload archive, sealed. The answer carries the
+    kernel's end of the syscall socket, argument 0 the service's number; FAIL_INPUT when it cannot be started."""
     SERVICE_ENDED = 0x211
-    """Notice from the hardware: service number, wait status."""
+    """Notice from the hardware: service number, exit status as in ENDED."""
 
 
 class InstructionCode(enum.IntEnum):
@@ -102,35 +97,6 @@ class InstructionCode(enum.IntEnum):
     UNCHANGED = 0x10
     NESTED_FAULT = 0x400
     """Not an AMD code: the instruction took a nested page fault (the page is not assigned to the guest)."""
-
-
-VMSA_GENERAL: Final = {
-    "fs_base": 0x048,
-    "gs_base": 0x058,
-    "efer": 0x0D0,
-    "cr4": 0x148,
-    "cr3": 0x150,
-    "cr0": 0x158,
-    "rflags": 0x170,
-    "rip": 0x178,
-    "rsp": 0x1D8,
-    "rax": 0x1F8,
-    "rcx": 0x308,
-    "rdx": 0x310,
-    "rbx": 0x318,
-    "rbp": 0x328,
-    "rsi": 0x330,
-    "rdi": 0x338,
-    **{f"r{n}": 0x340 + 8 * (n - 8) for n in range(8, 16)},
-}
-"""Offset in a VMSA page of each register that goes to the vCPU process (AMD 24593 table B-4); names as there."""
-
-VMSA_VMPL: Final = 0x0CA
-VMSA_EXIT_INFO_1: Final = 0x390
-VMSA_EXIT_INFO_2: Final = 0x398
-VMSA_SEV_FEATURES: Final = 0x3B0
-VMSA_EXIT_CODE: Final = 0x3C0
-EFER_SVME: Final = 1 << 12
 
 
 @record(size=72, byte_order="little")

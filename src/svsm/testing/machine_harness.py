@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""A whole simulated machine inside one test process: hardware and host as threads, the test as the kernel.
+
+Nothing is isolated here; what is real are the bytes: launch, digest, RMP, guest messages, reports, page moves. Where
+the separation of processes matters, a test starts processes (`tests/unit/hardware/test_processes.py`).
+
+    with running_machine() as machine:
+        report = machine.platform.report(bytes(64)).report
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
+
+from svsm.formats.errors import SvsmError
+from svsm.formats.igvm import IgvmFile
+from svsm.formats.snp.report import Report
+from svsm.formats.snp.tcb import Line, Tcb
+from svsm.hardware.chip import Chip
+from svsm.hardware.machine import KernelStart, Machine, Spawned
+from svsm.hardware.memory import PhysicalMemory
+from svsm.hardware.messages import Port
+from svsm.hardware.rmp import Home
+from svsm.hardware.vcpu_port import VcpuPort
+from svsm.host.hardware_port import HardwarePort
+from svsm.host.hypervisor import DeviceOffer, Hypervisor, HypervisorEnd, Listener
+from svsm.host.launcher import Launched
+from svsm.kernel.simulated_platform import SimulatedPlatform, launched_ranges
+from svsm.launch.build import build_image
+
+__all__ = ["RunningMachine", "running_machine", "small_image", "throwaway_chip"]
+
+_JOIN_SECONDS = 10.0
+
+
+def small_image(*, archive: bytes = b"payload" * 1000, settings: bytes = b"{}") -> bytes:
+    """An image of our layout with a loader that nobody runs."""
+    return build_image(loader=b"raise SystemExit\n", archive=archive, settings=settings)
+
+
+def throwaway_chip(*, report_version: int = 5, certificates: bytes = b"") -> Chip:
+    """A Milan chip with a fresh key and no authority; see `signed_by` on the returned signer for checking."""
+    key = ec.generate_private_key(ec.SECP384R1())
+
+    def sign(report: Report) -> Report:
+        return report.with_signature(*decode_dss_signature(key.sign(report.signed_part, ec.ECDSA(hashes.SHA384()))))
+
+    return Chip(
+        line=Line.MILAN,
+        family=0x19,
+        model=1,
+        stepping=1,
+        chip_id=os.urandom(64),
+        tcb=Tcb(bootloader=4, tee=0, snp=24, microcode=219),
+        sign=sign,
+        certificates=certificates,
+        report_version=report_version,
+    )
+
+
+class _Thread(Spawned):
+    """The test itself, in the place of the kernel process."""
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe()
+
+    def fileno(self) -> int:
+        return self._read
+
+    def collect(self) -> int:
+        os.close(self._read)
+        os.close(self._write)
+        return 0
+
+    def kill(self) -> None:
+        pass
+
+
+class _TestSpawner:
+    """Gives copies of the kernel's descriptors to the test."""
+
+    def __init__(self) -> None:
+        self.started = threading.Event()
+        self.start: KernelStart | None = None
+        self.descriptors: dict[str, int] = {}
+
+    def kernel(self, start: KernelStart, descriptors: Mapping[str, int]) -> Spawned:
+        self.start = start
+        self.descriptors = {name: os.dup(descriptor) for name, descriptor in descriptors.items()}
+        self.started.set()
+        return _Thread()
+
+    def service(self, name: str, archive: int, parameters: Mapping[str, str]) -> tuple[Spawned, socket.socket]:
+        """A service that answers its name and parameters once: enough to see that the socket arrives."""
+        kernel_end, service_end = socket.socketpair()
+        with service_end:
+            service_end.sendall(f"{name} {dict(parameters)} {os.fstat(archive).st_size}".encode())
+        return _Thread(), kernel_end
+
+
+@dataclasses.dataclass(slots=True)
+class RunningMachine:
+    """What a test can look at."""
+
+    platform: SimulatedPlatform
+    machine: Machine
+    hypervisor: Hypervisor
+    launched: Launched
+    start: KernelStart
+    events: list[tuple[str, Mapping[str, object]]]
+    end: HypervisorEnd | None = None
+    """After the context: how it ended."""
+    killed: list[int] = dataclasses.field(default_factory=list)
+    """Statuses with which the platform would have ended the process."""
+
+
+@contextlib.contextmanager
+def running_machine(
+    image: bytes | None = None,
+    *,
+    configuration: bytes = b"{}",
+    chip: Chip | None = None,
+    devices: Sequence[DeviceOffer] = (),
+    listeners: Sequence[Listener] = (),
+    vcpu: Callable[..., None] | None = None,
+    host: type[Hypervisor] = Hypervisor,
+    host_seconds: float = 5.0,
+) -> Iterator[RunningMachine]:
+    """Launch an image and give the test the kernel's place.
+
+    Args:
+        image: An IGVM file of our layout; `small_image` by default.
+        configuration: The launch configuration.
+        chip: `throwaway_chip` by default.
+        devices: Handed to the kernel before it starts.
+        listeners: Socket fronts.
+        vcpu: `svsm.hardware.vcpu.run_vcpu` for a machine that runs guests; it gets a thread.
+        host: A hypervisor class, for hostile ones.
+        host_seconds: The kernel's patience.
+    """
+    memory = PhysicalMemory()
+    spawner = _TestSpawner()
+    to_host, to_hardware = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    kernel_end, host_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    threads: list[threading.Thread] = []
+    port = None
+    if vcpu is not None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        port = VcpuPort(ours)
+        fds = {"vmpl2_fd": memory.descriptors[Home.VMPL2], "shared_fd": memory.descriptors[Home.SHARED]}
+        threads.append(threading.Thread(target=_guarded, args=(vcpu, theirs), kwargs=fds, daemon=True))
+    machine = Machine(
+        host=Port(to_host, name="the host"),
+        chip=chip or throwaway_chip(),
+        spawner=spawner,
+        memory=memory,
+        vcpu=port,
+        kernel_descriptors={"host": kernel_end.detach()},
+    )
+    threads.append(threading.Thread(target=machine.serve, daemon=True))
+    for thread in threads:
+        thread.start()
+    events: list[tuple[str, Mapping[str, object]]] = []
+    hardware = HardwarePort(to_hardware)
+    hypervisor = host(
+        hardware,
+        host_end,
+        memory.descriptors[Home.SHARED],
+        listeners=listeners,
+        notify=lambda name, details: events.append((name, details)),
+    )
+    launched = hypervisor.launch(IgvmFile.parse(small_image() if image is None else image), configuration)
+    for device in devices:
+        hypervisor.offer(device)
+    hypervisor.start(launched)
+    if not spawner.started.wait(_JOIN_SECONDS) or spawner.start is None:
+        raise RuntimeError("the kernel was not started")
+    killed: list[int] = []
+    platform = SimulatedPlatform(
+        spawner.descriptors,
+        validated=launched_ranges(spawner.start.registers),
+        secrets_gpa=spawner.start.registers["rbx"],
+        host_seconds=host_seconds,
+        end=killed.append,
+    )
+    running = RunningMachine(platform, machine, hypervisor, launched, spawner.start, events, killed=killed)
+    serving = threading.Thread(target=lambda: setattr(running, "end", hypervisor.serve()), daemon=True)
+    serving.start()
+    threads.append(serving)
+    try:
+        yield running
+    finally:
+        platform.close()
+        for thread in threads:
+            thread.join(_JOIN_SECONDS)
+        for name in ("private", "vmpl2", "shared"):
+            os.close(spawner.descriptors[name])
+        memory.close()
+
+
+def _guarded(vcpu: Callable[..., None], sock: socket.socket, *, vmpl2_fd: int, shared_fd: int) -> None:
+    with contextlib.suppress(SvsmError, OSError), sock:
+        vcpu(sock, vmpl2_fd=vmpl2_fd, shared_fd=shared_fd)
