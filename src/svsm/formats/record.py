@@ -62,6 +62,8 @@ _CODES = {1: "B", 2: "H", 4: "I", 8: "Q"}
 class Record:
     """Base of every record; see the module for how to declare one. Use with the `record` decorator only."""
 
+    __slots__ = ()  # without it, the slots of the records below would come on top of a __dict__
+
     SIZE: ClassVar[int]
     """Packed size in bytes."""
 
