@@ -110,6 +110,7 @@ def _unicorn() -> Any:
         ctypes.c_void_p,
         ctypes.c_size_t,
     ]
+    unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)  # the first one imports the rest of the binding
     return unicorn
 
 

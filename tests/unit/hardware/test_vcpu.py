@@ -379,8 +379,13 @@ def test_without_unicorn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "svsm[guest]" in caught.value.hint
 
 
-def test_a_vcpu_in_a_process_of_its_own() -> None:
-    with VcpuRig(process=True) as rig:
+@pytest.mark.parametrize("confined", [False, True])
+def test_a_vcpu_in_a_process_of_its_own(*, confined: bool) -> None:
+    with VcpuRig(process=True, confined=confined) as rig:
         rig.map(GUEST, GUEST_BYTES)
         assert rig.execute(WRMSR + VMGEXIT, rcx=GHCB, rax=0x16).registers.ghcb_msr == 0x16
+        assert rig.execute(load(OUTSIDE)).exit_code == NPF
+        rig.unmap(DATA, 0x1000)
+        rig.poke(CODE, FOREVER)
+        assert rig.run(registers(), time_limit_us=5_000).exit_code == ExitCode.INTR
         assert os.path.exists(f"/proc/{rig.pid}")

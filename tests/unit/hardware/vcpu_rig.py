@@ -9,6 +9,7 @@ import struct
 import threading
 from types import TracebackType
 
+from svsm.confine import Role, enter
 from svsm.formats.snp.vcpu_messages import (
     MAX_MESSAGE_BYTES,
     Access,
@@ -23,7 +24,7 @@ from svsm.formats.snp.vcpu_messages import (
     parse_message,
     stop,
 )
-from svsm.hardware.vcpu import run_vcpu
+from svsm.hardware.vcpu import load_engine, run_vcpu
 
 __all__ = ["CODE", "DATA", "GUEST", "GUEST_BYTES", "TABLES", "VcpuRig", "registers"]
 
@@ -45,7 +46,7 @@ def registers(**changes: int) -> Registers:
 class VcpuRig:
     """See the module. `with VcpuRig() as rig:` ends the vCPU and demands that it ended well."""
 
-    def __init__(self, *, process: bool = False) -> None:
+    def __init__(self, *, process: bool = False, confined: bool = False) -> None:
         self.fds = {memory: os.memfd_create(memory.name) for memory in Memory}
         for fd in self.fds.values():
             os.ftruncate(fd, 1 << 48)
@@ -57,13 +58,15 @@ class VcpuRig:
         self._thread: threading.Thread | None = None
         self.poke(TABLES, struct.pack("<Q", TABLES + 0x1000 | 3))
         self.poke(TABLES + 0x1000, struct.pack("<8Q", *(index << 30 | 0x83 for index in range(8))))
-        if process:
-            self._fork(theirs)
+        if process or confined:
+            self._fork(theirs, confined=confined)
         else:
             self._thread = threading.Thread(target=self._serve, args=(theirs,), daemon=True)
             self._thread.start()
 
-    def _fork(self, theirs: socket.socket) -> None:
+    def _fork(self, theirs: socket.socket, *, confined: bool) -> None:
+        load_engine()
+        parent = os.getpid()
         self.pid = os.fork()
         if self.pid:
             theirs.close()
@@ -71,6 +74,8 @@ class VcpuRig:
         status = 1
         try:
             self.sock.close()
+            if confined:
+                enter(Role.VCPU, parent=parent)
             run_vcpu(theirs, vmpl2_fd=self.fds[Memory.VMPL2], shared_fd=self.fds[Memory.SHARED])
             status = 0
         finally:
