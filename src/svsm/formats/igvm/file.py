@@ -115,11 +115,11 @@ class IgvmFile:
         Raises:
             FormatError: ``igvm-size`` when the file would not fit its 32-bit sizes; ``record-width``.
         """
-        section = b"".join(part for header in self.headers for part in _pack_header(header))
         kind = _FIXED[self.format_version]
-        total = kind.SIZE + len(section) + len(self.data)
-        if total >= 1 << 32 or len(section) > MAX_HEADER_BYTES:
+        total = self.data_start + len(self.data)
+        if total >= 1 << 32 or self.data_start - kind.SIZE > MAX_HEADER_BYTES:
             raise FormatError("the file is too large for the format", code="igvm-size", got=total)
+        section = b"".join(part for header in self.headers for part in _pack_header(header))
         words = (MAGIC, self.format_version, kind.SIZE, len(section), total)
         if kind is FixedHeaderV2:
             blank = FixedHeaderV2(*words, 0, 0, PAGE_SIZE).pack()
