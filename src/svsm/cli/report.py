@@ -166,8 +166,12 @@ def _print_verdict(verdict: Verdict) -> None:
     if verdict.simulated:
         print("  under a SIMULATED root: no silicon vouches for this")
     for check in verdict.checks:
+        if check.result == "not_reached":
+            continue
         code = f" [{check.code}]" if check.code else ""
         print(f"  {check.result.replace('_', ' '):12} {check.name:18} {check.detail}{code}")
+    if not verdict.authentic:
+        print("  Nothing that the report says was looked at further: it is not proved authentic.")
 
 
 def _show(arguments: argparse.Namespace) -> int:

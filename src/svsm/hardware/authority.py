@@ -22,11 +22,13 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
+import secrets
 from typing import Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from svsm.formats.errors import StateError
@@ -149,6 +151,29 @@ class Machine:
     ask: bytes
     ark: bytes
     key: ec.EllipticCurvePrivateKey = dataclasses.field(repr=False)
+
+    @classmethod
+    def create(cls, authority: Authority, *, now: datetime.datetime) -> Machine:
+        """Make a chip with a random id and key, and let the authority certify it.
+
+        Args:
+            authority: Who signs; its line is the chip's.
+            now: The certificate is valid from a day before.
+        """
+        line = authority.line
+        key = ec.generate_private_key(ec.SECP384R1())
+        chip_id = secrets.token_bytes(line.chip_id_bytes)
+        tcb = MODELS[line].tcb
+        vcek = authority.issue_vcek(key.public_key(), chip_id=chip_id, tcb=tcb, now=now)
+        return cls(
+            line=line,
+            chip_id=chip_id,
+            tcb=tcb,
+            vcek=vcek.public_bytes(Encoding.DER),
+            ask=authority.ask.public_bytes(Encoding.DER),
+            ark=authority.ark.public_bytes(Encoding.DER),
+            key=key,
+        )
 
     @property
     def model(self) -> Model:

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from svsm.formats.errors import BackendError, FormatError, StateError
 from svsm.formats.snp import certs
 from svsm.formats.snp.tcb import Line, Tcb
-from svsm.hardware.authority import MODELS, Authority, Machine
+from svsm.hardware.authority import Authority, Machine
 
 __all__ = ["load_authority", "load_machine", "mint"]
 
@@ -59,22 +59,19 @@ def mint(
         )
     moment = (now or datetime.datetime.now(datetime.UTC)).replace(microsecond=0)
     authority = Authority.create(product, now=moment, keys=authority_keys)
-    key = ec.generate_private_key(ec.SECP384R1())
-    chip_id = secrets.token_bytes(product.chip_id_bytes)
-    tcb = MODELS[product].tcb
-    vcek = authority.issue_vcek(key.public_key(), chip_id=chip_id, tcb=tcb, now=moment)
+    machine = Machine.create(authority, now=moment)
     about = {
         "schema": _SCHEMA,
         "simulated": True,
         "product": product.value,
-        "chip_id": chip_id.hex(),
-        "tcb": tcb.components(),
+        "chip_id": machine.chip_id.hex(),
+        "tcb": machine.tcb.components(),
     }
     files = {
         "machine.json": json.dumps(about, indent=2, sort_keys=True).encode() + b"\n",
-        "vcek.pem": vcek.public_bytes(Encoding.PEM),
+        "vcek.pem": x509.load_der_x509_certificate(machine.vcek).public_bytes(Encoding.PEM),
         "cert_chain.pem": authority.ask.public_bytes(Encoding.PEM) + authority.ark.public_bytes(Encoding.PEM),
-        "vcek.key.pem": _private_pem(key),
+        "vcek.key.pem": _private_pem(machine.key),
         "ask.key.pem": _private_pem(authority.ask_key),
         "ark.key.pem": _private_pem(authority.ark_key),
     }

@@ -93,7 +93,7 @@ def find_chain(certificates: Sequence[Certificate], roots: Roots) -> Chain:
     key = _KEY_NAMES[vek.subject.common_name]
     line = _line(vek, key)
     offered = [c for c in certificates if c.subject.common_name.startswith("ARK-")]
-    root, simulated = _choose_root(offered, line, roots)
+    root, simulated = _choose_root(vek, offered, line, roots)
     candidates = [c for c in (*certificates, *roots.known) if c.subject.raw == vek.issuer.raw]
     if not candidates and not simulated:
         shipped = amd_certificates(line)
@@ -113,7 +113,9 @@ def _line(vek: Certificate, key: str) -> Line:
     )
 
 
-def _choose_root(offered: Sequence[Certificate], line: Line, roots: Roots) -> tuple[Certificate, bool]:
+def _choose_root(
+    vek: Certificate, offered: Sequence[Certificate], line: Line, roots: Roots
+) -> tuple[Certificate, bool]:
     if offered:
         root = _only(offered, "ARK")
         name = fingerprint(root)
@@ -127,11 +129,12 @@ def _choose_root(offered: Sequence[Certificate], line: Line, roots: Roots) -> tu
             hint="a simulated root is trusted only where its fingerprint is named",
             fingerprint=name.hex(),
         )
-    if line in roots.lines:
-        return amd_certificates(line)[0], False
-    known = [c for c in roots.known if fingerprint(c) in roots.fingerprints]
-    if known:
+    # No root came along. The mark says which kind it must be: the other kind would refuse this certificate anyway.
+    known = [c for c in roots.known if fingerprint(c) in roots.fingerprints and c.subject.common_name == f"ARK-{line}"]
+    if vek.marked and known:
         return _only(known, "ARK"), True
+    if not vek.marked and line in roots.lines:
+        return amd_certificates(line)[0], False
     raise PolicyError("the evidence names no root, and none is accepted for it", code="root-unknown", line=str(line))
 
 
