@@ -110,8 +110,9 @@ def _unicorn() -> Any:
         ctypes.c_void_p,
         ctypes.c_size_t,
     ]
-    unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)  # the first one imports the rest of the binding
-    return unicorn
+    module: Any = unicorn
+    module.Uc(module.UC_ARCH_X86, module.UC_MODE_64)  # the first one imports the rest of the binding
+    return module
 
 
 @dataclasses.dataclass(slots=True)
