@@ -22,6 +22,8 @@ import h11
 __all__ = ["HttpLimits", "HttpServer", "Request", "Response"]
 
 
+_HEAD_READ_BYTES = 4096
+_BODY_READ_BYTES = 64 << 10
 _DRAIN_SECONDS = 0.5
 _DRAIN_READS = 32
 
@@ -184,7 +186,7 @@ class _Conversation:
         body = bytearray()
         self._deadline = time.monotonic() + self._limits.idle_seconds
         while True:
-            event = self._next_event(started=head is not None)
+            event = self._next_event(in_body=head is not None)
             if isinstance(event, h11.Request):
                 head = event
                 if self._http.they_are_waiting_for_100_continue:
@@ -199,7 +201,8 @@ class _Conversation:
             else:
                 return None
 
-    def _next_event(self, *, started: bool) -> h11.Event | type[h11.PAUSED] | type[h11.NEED_DATA]:
+    def _next_event(self, *, in_body: bool) -> h11.Event | type[h11.PAUSED] | type[h11.NEED_DATA]:
+        started = in_body
         while (event := self._http.next_event()) is h11.NEED_DATA:
             left = self._deadline - time.monotonic()
             if left <= 0:
@@ -208,7 +211,8 @@ class _Conversation:
                 raise _Ended
             self._socket.settimeout(left)
             try:
-                data = self._socket.recv(64 << 10)
+                # Small bites of a head, because h11 bounds only what is incomplete.
+                data = self._socket.recv(_BODY_READ_BYTES if in_body else _HEAD_READ_BYTES)
             except TimeoutError:
                 continue
             quiet = self._http.trailing_data == (b"", False)
