@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""Power cuts at every moment of commits, replays and creation: the old or the new state, never anything else.
+
+A recording of two consecutive transactions is expanded into every medium that a cut may leave (see
+`svsm.testing.powercut`); each must open in the state before or after the transaction that was under way, and never
+before one that was acknowledged. The same with one barrier left out must *fail* this, for each barrier in turn: that
+is what shows that every barrier is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Iterable
+
+import pytest
+
+from svsm.formats.errors import SvsmError
+from svsm.storage.cocoonfs import Probe, Volume, probe
+from svsm.storage.drivers.memory import MemoryDevice
+from svsm.testing.powercut import CrashImage, PowerCutDisk, crash_images
+
+KEY = b"crash key"
+Files = dict[int, tuple[int, bytes]]
+
+
+def _content(seed: str, length: int) -> bytes:
+    return hashlib.shake_128(seed.encode()).digest(length)
+
+
+def _random() -> Callable[[int], bytes]:
+    counter = 0
+
+    def draw(length: int) -> bytes:
+        nonlocal counter
+        counter += 1
+        return _content(f"random {counter}", length)
+
+    return draw
+
+
+def _files(volume: Volume) -> Files:
+    return {info.inode: (info.flags, volume.read(info.inode)) for info in volume.list()}
+
+
+def _base(block_size: int = 512) -> bytes:
+    device = MemoryDevice(64 << 10, block_size_bytes=block_size)
+    volume = Volume.create(device, KEY, salt=b"salt", random=_random())
+    with volume.transaction() as transaction:
+        transaction.write(16, _content("sixteen", 1500), 1)
+        transaction.write(17, _content("seventeen", 900), 2)
+        transaction.write(18, _content("eighteen", 60), 3)
+    return bytes(device.data)
+
+
+Changes = dict[int, bytes | None]
+TRANSACTIONS: list[Changes] = [
+    {16: _content("new sixteen", 1800), 18: None, 19: _content("nineteen", 100)},
+    {16: _content("newer sixteen", 1500), 17: _content("new seventeen", 1000)},
+]
+
+
+def _carry_out(volume: Volume, transactions: Iterable[Changes]) -> None:
+    for changes in transactions:
+        with volume.transaction() as transaction:
+            for inode, data in changes.items():
+                if data is None:
+                    transaction.unlink(inode)
+                else:
+                    transaction.write(inode, data)
+
+
+class Recording:
+    """Transactions on a disk of this block size, and the states between them."""
+
+    def __init__(
+        self, block_size: int, transactions: Iterable[Changes] = TRANSACTIONS, base: bytes | None = None
+    ) -> None:
+        self.initial = _base(block_size) if base is None else base
+        disk = PowerCutDisk(self.initial, block_size=block_size)
+        volume = Volume.open(disk, KEY, random=_random())
+        self.states = [_files(volume)]
+        for number, changes in enumerate(transactions):
+            disk.mark(f"started {number}")
+            _carry_out(volume, [changes])
+            disk.mark(f"acknowledged {number}")
+            self.states.append(_files(volume))
+        self.disk = disk
+
+    @property
+    def barriers(self) -> int:
+        return self.disk.flushes
+
+    def images(self, *, samples: int, without: Collection[int] = ()) -> Iterable[CrashImage]:
+        return crash_images(self.initial, self.disk.events, samples=samples, without_barriers=without)
+
+    def fault(self, image: CrashImage, block_size: int) -> str | None:
+        """What is wrong with a crash image; None where nothing is."""
+        started = sum(label.startswith("started") for label in image.marks)
+        acknowledged = sum(label.startswith("acknowledged") for label in image.marks)
+        device = MemoryDevice(image.content, block_size_bytes=block_size)
+        try:
+            found = _files(Volume.open(device, KEY))
+        except SvsmError as error:
+            return f"{image.how}: {error.code} {error}"
+        if found not in self.states[acknowledged : started + 1]:
+            return f"{image.how}: neither old nor new"
+        again = MemoryDevice(device.data, block_size_bytes=block_size)
+        if _files(Volume.open(again, KEY)) != found or bytes(again.data) != bytes(device.data):
+            return f"{image.how}: not settled by the first open"
+        return None
+
+
+@pytest.mark.parametrize("block_size", [128, 512])
+def test_old_or_new(block_size: int) -> None:
+    recording = Recording(block_size)
+    count = 0
+    seen: set[int] = set()
+    for image in recording.images(samples=10):
+        assert recording.fault(image, block_size) is None
+        found = _files(Volume.open(MemoryDevice(image.content, block_size_bytes=block_size), KEY))
+        seen.add(recording.states.index(found))
+        count += 1
+    assert count > 150
+    assert seen == {0, 1, 2}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("block_size", [128, 512])
+def test_old_or_new_at_length(block_size: int) -> None:
+    transactions: list[Changes] = [
+        *TRANSACTIONS,
+        {n: _content(f"many {n}", 40 * n % 300) for n in range(100, 124)},
+        {**dict.fromkeys(range(100, 118)), 16: _content("large", 15000)},
+        {16: None, 17: None, 19: None},
+    ]
+    recording = Recording(block_size, transactions)
+    count = 0
+    for image in recording.images(samples=150):
+        assert recording.fault(image, block_size) is None
+        count += 1
+    assert count > 3000
+
+
+@pytest.mark.parametrize("barrier", range(8))
+def test_each_barrier_is_needed(barrier: int) -> None:
+    """Eight barriers in two commits; without any one of them some crash is noticed.
+
+    The last barrier of the last commit keeps the end of the journal before what the *next* commit writes, so it needs
+    a third one to show.
+    """
+    transactions: list[Changes] = [*TRANSACTIONS, {16: _content("third", 1700), 20: _content("twenty", 3000)}]
+    recording = Recording(512, transactions if barrier == 7 else TRANSACTIONS)
+    assert recording.barriers == (12 if barrier == 7 else 8)
+    faults = (recording.fault(image, 512) for image in recording.images(samples=6, without=[barrier]))
+    assert any(fault is not None for fault in faults)
+
+
+def test_torn_head_is_cleared_first() -> None:
+    """A head that an earlier crash tore is zeroed, durably, before the next journal is laid."""
+    recording = Recording(128, TRANSACTIONS[:1])
+    head_offset = 1024
+    torn = bytearray(recording.initial)
+    torn[head_offset : head_offset + 64] = b"CCFSJRNL" + _content("torn", 56)
+    again = Recording(128, TRANSACTIONS[:1], bytes(torn))
+    assert again.barriers == recording.barriers + 1
+    assert again.disk.events[1] == (head_offset, bytes(128))
+    for image in again.images(samples=4):
+        assert again.fault(image, 128) is None
+
+
+def _pending(block_size: int) -> tuple[bytes, Files, Files]:
+    disk = PowerCutDisk(_base(block_size), block_size=block_size)
+    volume = Volume.open(disk, KEY, random=_random())
+    old = _files(volume)
+    transaction = volume.transaction()
+    for inode, data in TRANSACTIONS[0].items():
+        if data is None:
+            transaction.unlink(inode)
+        else:
+            transaction.write(inode, data)
+    prepared = transaction.prepare()
+    pending = disk.content
+    prepared.apply()
+    return pending, old, _files(volume)
+
+
+@pytest.mark.parametrize("block_size", [128, 512])
+def test_crash_during_replay(block_size: int) -> None:
+    pending, _, new = _pending(block_size)
+    disk = PowerCutDisk(pending, block_size=block_size)
+    assert _files(Volume.open(disk, KEY)) == new
+    count = 0
+    for image in crash_images(pending, disk.events, samples=6):
+        assert _files(Volume.open(MemoryDevice(image.content, block_size_bytes=block_size), KEY)) == new
+        count += 1
+    assert count > 20
+
+
+def test_replay_needs_its_first_barrier() -> None:
+    """The barrier before the head is cleared shows here; the one after it keeps the journal's end before the next
+    commit, and is the same as the last of a commit, which `test_each_barrier_is_needed` covers."""
+    pending, _, new = _pending(512)
+    disk = PowerCutDisk(pending, block_size=512)
+    Volume.open(disk, KEY)
+    assert disk.flushes == 2
+
+    def opens(image: CrashImage) -> bool:
+        try:
+            return _files(Volume.open(MemoryDevice(image.content), KEY)) == new
+        except SvsmError:
+            return False
+
+    assert not all(opens(image) for image in crash_images(pending, disk.events, without_barriers=[0]))
+
+
+def test_crash_while_taking_back() -> None:
+    pending, old, new = _pending(512)
+    disk = PowerCutDisk(pending)
+    assert _files(Volume.open(disk, KEY, decide=lambda found: False)) == old
+    for image in crash_images(pending, disk.events, samples=4):
+        assert _files(Volume.open(MemoryDevice(image.content), KEY)) in (old, new)
+
+
+def test_crash_while_creating() -> None:
+    """A creation that was cut off leaves no magic, on a blank disk and over an older volume alike."""
+    for initial in (bytes(64 << 10), _base()):
+        disk = PowerCutDisk(initial)
+        Volume.create(disk, KEY, salt=b"salt", random=_random())
+        old = _files(Volume.open(MemoryDevice(initial), KEY)) if any(initial) else None
+        outcomes = set()
+        for image in crash_images(initial, disk.events, samples=6):
+            device = MemoryDevice(image.content)
+            if probe(device) is Probe.BLANK:
+                outcomes.add("blank")
+                continue
+            try:
+                files = _files(Volume.open(device, KEY))
+            except SvsmError as error:
+                outcomes.add(error.code)
+                continue
+            assert files in ({}, old)
+            outcomes.add("volume")
+        # The last write, torn: the magic is there, the checksum is not.
+        assert {"blank", "volume"} <= outcomes <= {"blank", "volume", "cocoonfs-header"}
+
+
+def test_barriers_of_creation_are_needed() -> None:
+    initial = _base()
+    disk = PowerCutDisk(initial, block_size=128)
+    Volume.create(disk, KEY, salt=b"salt", random=_random())
+    assert disk.flushes == 3
+    old = _files(Volume.open(MemoryDevice(initial, block_size_bytes=128), KEY))
+
+    def good(image: CrashImage) -> bool:
+        device = MemoryDevice(image.content, block_size_bytes=128)
+        if probe(device) is Probe.BLANK:
+            return True
+        try:
+            return _files(Volume.open(device, KEY)) in ({}, old)
+        except SvsmError as error:
+            return error.code == "cocoonfs-header"
+
+    assert all(good(image) for image in crash_images(initial, disk.events, samples=6))
+    for barrier in (0, 1):
+        assert not all(
+            good(image) for image in crash_images(initial, disk.events, samples=6, without_barriers=[barrier])
+        )
+    # The third makes the creation durable before it is reported; only a mark behind it can show that.
+    disk.mark("created")
+    behind = [image for image in crash_images(initial, disk.events) if "created" in image.marks]
+    assert all(probe(MemoryDevice(image.content)) is Probe.COCOONFS for image in behind)
+    behind = [image for image in crash_images(initial, disk.events, without_barriers=[2]) if "created" in image.marks]
+    assert not all(probe(MemoryDevice(image.content)) is Probe.COCOONFS for image in behind)
+
+
+@pytest.mark.parametrize("kind", ["read", "write", "flush"])
+def test_errors_of_the_device(kind: str) -> None:
+    """An error at any operation of a commit: the old state and a usable volume before the journal's head, a failed
+    volume from there on, and old or new after opening again in any case."""
+    calm = Recording(512, TRANSACTIONS[:1])
+    old, new = calm.states
+    total = {"read": calm.disk.reads, "write": calm.disk.writes, "flush": calm.disk.flushes}[kind]
+    outcomes = set()
+    for number in range(total):
+        disk = PowerCutDisk(calm.initial)
+        volume = Volume.open(disk, KEY, random=_random())
+        reads = disk.reads
+        orders = {"read": "fail_reads", "write": "fail_writes", "flush": "fail_flushes"}
+        setattr(disk, orders[kind], [number + (reads if kind == "read" else 0)])
+        code = None
+        try:
+            _carry_out(volume, TRANSACTIONS[:1])
+        except SvsmError as error:
+            code = error.code
+        assert code in ("block-io", None)
+        assert code or kind == "read"
+        setattr(disk, orders[kind], [])
+        if volume.failed:
+            with pytest.raises(SvsmError) as caught:
+                volume.list()
+            assert caught.value.code == "cocoonfs-failed"
+            with pytest.raises(SvsmError) as caught:
+                volume.transaction()
+            assert caught.value.code == "cocoonfs-failed"
+        else:
+            assert _files(volume) in (old, new)
+        outcomes.add(volume.failed)
+        assert _files(Volume.open(MemoryDevice(disk.content), KEY)) in (old, new)
+    assert outcomes == {"read": {False}, "write": {False, True}, "flush": {True}}[kind]
+
+
+def test_power_cut_at_each_write() -> None:
+    calm = Recording(512)
+    for number in range(calm.disk.writes):
+        disk = PowerCutDisk(calm.initial, cut_at_write=number)
+        volume = Volume.open(disk, KEY, random=_random())
+        with pytest.raises(SvsmError):
+            _carry_out(volume, TRANSACTIONS)
+        assert disk.dead
+        assert _files(Volume.open(MemoryDevice(disk.content), KEY)) in calm.states
