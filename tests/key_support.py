@@ -10,6 +10,7 @@ import uuid
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from svsm.abi.platform import AttestationReport
 from svsm.broker.app import BrokerApp
@@ -24,7 +25,10 @@ from svsm.hardware.authority import MODELS, Authority, Machine
 from svsm.kernel.attestation import AttestationClient, Release
 
 DIGEST = bytes(range(48))
-START = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+START = datetime.datetime.now(datetime.UTC).replace(hour=0, minute=0, second=0, microsecond=0) - datetime.timedelta(
+    days=60
+)
+"""When the chips were made; near today, because programs under test judge dates by the real clock."""
 
 
 @functools.cache
@@ -41,8 +45,6 @@ def machine(number: int = 0) -> Machine:
     key = ec.generate_private_key(ec.SECP384R1())
     chip_id, tcb = bytes([number + 1]) * 64, MODELS[Line.MILAN].tcb
     vcek = authority.issue_vcek(key.public_key(), chip_id=chip_id, tcb=tcb, now=born)
-    from cryptography.hazmat.primitives.serialization import Encoding
-
     der = Encoding.DER
     return Machine(
         line=Line.MILAN,

@@ -109,11 +109,15 @@ class HttpServer:
         finally:
             self._listener.close()
 
-    def stop(self) -> None:
-        """End `run`, close every connection, and wait for the thread if there is one."""
+    def interrupt(self) -> None:
+        """Make `run` return soon; safe in a signal handler."""
         self._stopping = True
         with contextlib.suppress(OSError):
             os.write(self._wake_write, b"x")
+
+    def stop(self) -> None:
+        """End `run`, close every connection, and wait for the thread if there is one."""
+        self.interrupt()
         with self._lock:
             for connection in self._open:
                 with contextlib.suppress(OSError):

@@ -73,6 +73,7 @@ class Sessions:
         self._lock = threading.Lock()
         self._sessions: dict[bytes, _Session] = {}
         self._channels: dict[str, collections.deque[BrokerChannel]] = {}
+        self._by_session: dict[bytes, BrokerChannel] = {}
 
     def challenge(self, now: float) -> tuple[bytes, bytes]:
         """A new session and its challenge (16 and 32 random bytes).
@@ -109,8 +110,12 @@ class Sessions:
             self._sessions[session] = _Session(
                 _Kind.ATTESTED, now + self._limits.release_seconds, volume_id=volume_id, secret=secret
             )
-            channels = self._channels.setdefault(volume_id, collections.deque(maxlen=self._limits.channels_per_volume))
-            channels.append(BrokerChannel(keys, session=session, volume_id=volume_id))
+            channels = self._channels.setdefault(volume_id, collections.deque())
+            if len(channels) >= self._limits.channels_per_volume:
+                del self._by_session[channels.popleft().session]
+            channel = BrokerChannel(keys, session=session, volume_id=volume_id)
+            channels.append(channel)
+            self._by_session[session] = channel
 
     def secret(self, session: bytes, now: float) -> tuple[str, bytes]:
         """Volume id and JWE of an attested session.
@@ -131,11 +136,10 @@ class Sessions:
             ProtocolError: ``broker-session-unknown``.
         """
         with self._lock:
-            for channels in self._channels.values():
-                for channel in channels:
-                    if channel.session == session:
-                        return channel
-        raise _unknown()
+            found = self._by_session.get(session)
+        if found is None:
+            raise _unknown()
+        return found
 
     def _live(self, session: bytes, now: float) -> _Session:
         self._expire(now)

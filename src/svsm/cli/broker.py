@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -117,6 +118,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     listener = _listen(arguments.listen)
     with _open(arguments, must_exist=False) as broker:
         server = serve(broker, listener)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: server.interrupt())
         print(server.url, flush=True)
         try:
             server.run()
@@ -128,11 +131,11 @@ def _serve(arguments: argparse.Namespace) -> int:
 def _listen(where: str) -> socket.socket:
     host, separator, port = where.rpartition(":")
     try:
-        if not separator or not host:
+        if not separator or not host or not 0 <= int(port) <= 0xFFFF:
             raise ValueError
         family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
         return socket.create_server((host.strip("[]"), int(port)), family=family, backlog=128)
-    except (ValueError, OverflowError):
+    except ValueError:
         raise FormatError("not an address to listen at", code="broker-listen", got=where[:80]) from None
     except OSError as error:
         raise BackendError(
