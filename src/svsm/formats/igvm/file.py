@@ -16,7 +16,6 @@ The checksum covers headers only; damaged file data shows as another launch dige
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import struct
 import zlib
 from collections.abc import Iterator
@@ -126,7 +125,7 @@ class IgvmFile:
         else:
             blank = FixedHeaderV1(*words, 0).pack()
         checksum = zlib.crc32(section, zlib.crc32(blank))
-        return blank[:20] + checksum.to_bytes(4, "little") + blank[24:] + section + bytes(self.data)
+        return b"".join((blank[:20], checksum.to_bytes(4, "little"), blank[24:], section, self.data))
 
     @property
     def data_start(self) -> int:
@@ -186,8 +185,15 @@ def _pack_header(header: Header) -> Iterator[bytes]:
     body = header.body.pack()
     head = HeaderHead(header.kind, len(body)).pack()
     yield head + body + bytes(-len(body) % 8)
-    for following in itertools.islice(header.each(), 1, None):
-        yield head + following.pack()  # PAGE_DATA, 24 bytes: no padding
+    if isinstance(header.body, PageData) and header.count > 1:
+        page, size = header.body, page_bytes(header.body)
+        step = size if page.file_offset else 0
+        tail = page.flags, page.data_type, page.reserved_0x16
+        for index in range(1, header.count):
+            gpa, offset = page.gpa + index * size, page.file_offset + index * step
+            if gpa >> 64 or offset >> 32:
+                raise FormatError("a run of pages leaves its fields", code="igvm-address", gpa=gpa)
+            yield _PAGE_HEADER.pack(header.kind, PageData.SIZE, gpa, page.compatibility_mask, offset, *tail)
 
 
 def _parse_fixed(view: memoryview) -> FixedHeaderV1 | FixedHeaderV2:

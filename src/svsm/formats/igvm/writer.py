@@ -2,15 +2,16 @@
 """Writing IGVM files: add headers in launch order, get bytes.
 
 The writer places file data in the order of the headers that use it and stores equal blobs once, as Microsoft's
-writer does, so a file made from the same directives has the same bytes. `IgvmBuilder.finish` puts the result
-through the reader: what we write, we would accept.
+writer does, so a file made from the same directives has the same bytes. `IgvmBuilder.finish` checks the result
+by the reader's rules: what we write, we would accept.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Final
 
-from svsm.formats.igvm.file import Header, IgvmFile
+from svsm.formats.igvm.file import Header, IgvmFile, page_bytes
 from svsm.formats.igvm.layout import (
     PAGE_SIZE,
     GuestPolicy,
@@ -27,6 +28,7 @@ from svsm.formats.igvm.layout import (
     SupportedPlatform,
     VpContext,
 )
+from svsm.formats.igvm.validate import validate
 from svsm.formats.record import Buffer, Record
 
 __all__ = ["IgvmBuilder"]
@@ -114,20 +116,41 @@ class IgvmBuilder:
         Raises:
             FormatError: When what was added is not a valid file.
         """
-        blank = tuple(Header(kind, body) for kind, body, _ in self._headers)
-        start = IgvmFile(self._format_version, blank, memoryview(b"")).data_start
+        end = IgvmFile(self._format_version, tuple(Header(k, b) for k, b, _ in self._headers), _NO_DATA).data_start
         blobs: dict[bytes, int] = {}
-        parts: list[bytes] = []
         headers: list[Header] = []
-        end = start
         for kind, body, data in self._headers:
+            offset = 0
             if data:
-                offset = blobs.get(data)
-                if offset is None:
-                    blobs[data] = offset = end
-                    parts.append(data)
+                offset = blobs.setdefault(data, end)
+                if offset == end:
                     end += len(data)
-                body = dataclasses.replace(body, file_offset=offset)  # type: ignore[type-var]
-            headers.append(Header(kind, body))
-        made = IgvmFile(self._format_version, tuple(headers), memoryview(b"".join(parts)))
-        return IgvmFile.parse(made.pack())
+            if not isinstance(body, PageData):
+                placed = dataclasses.replace(body, file_offset=offset) if data else body  # type: ignore[type-var]
+                headers.append(Header(kind, placed))
+            elif headers and _continues(headers[-1], body, offset):
+                headers[-1] = Header(kind, headers[-1].body, headers[-1].count + 1)
+            else:
+                headers.append(Header(kind, body.replace(file_offset=offset)))
+        made = IgvmFile(self._format_version, tuple(headers), memoryview(b"".join(blobs)))
+        validate(made)
+        return made
+
+
+_NO_DATA: Final = memoryview(b"")
+
+
+def _continues(run: Header, page: PageData, file_offset: int) -> bool:
+    """Whether `page`, with its data at `file_offset`, is the next of a run (see `Header`)."""
+    first = run.body
+    if not isinstance(first, PageData):
+        return False
+    grown = run.count * page_bytes(first)
+    return (
+        page.gpa == first.gpa + grown
+        and file_offset == (first.file_offset + grown if first.file_offset else 0)
+        and page.flags == first.flags
+        and page.data_type == first.data_type
+        and page.compatibility_mask == first.compatibility_mask
+        and page.reserved_0x16 == first.reserved_0x16
+    )
