@@ -132,7 +132,7 @@ _RUNTIME = (
     ),
     Allow(_calls("rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack restart_syscall"), "its own signal handlers"),
     Allow(_calls("getpid gettid getppid getuid geteuid getgid getegid"), "who it is; the parent check"),
-    Allow(_calls("getrusage sysinfo sched_getaffinity uname"), "how much memory and how many processors there are"),
+    Allow(_calls("getrusage times sysinfo sched_getaffinity uname"), "time, memory and processors used and present"),
     Allow(
         _calls("prlimit64"),
         "reading its own limits (thread stacks)",

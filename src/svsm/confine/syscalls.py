@@ -97,6 +97,7 @@ NUMBERS: dict[str, int] = {
     "getrlimit": 97,
     "getrusage": 98,
     "sysinfo": 99,
+    "times": 100,
     "ptrace": 101,
     "getuid": 102,
     "getgid": 104,
