@@ -207,6 +207,9 @@ class Machine:
     def next_device(self) -> Device | None:
         raise NotImplementedError
 
+    def take_interrupt(self) -> bool:
+        raise NotImplementedError
+
     def wait(self, *, deadline: float) -> bool:
         raise NotImplementedError
 

@@ -130,6 +130,9 @@ class FakePlatform:
     def next_device(self) -> Device | None:
         raise NotImplementedError
 
+    def take_interrupt(self) -> bool:
+        raise NotImplementedError
+
     def wait(self, *, deadline: float) -> bool:
         raise NotImplementedError
 
