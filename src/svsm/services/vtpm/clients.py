@@ -14,7 +14,7 @@ import os
 import select
 import socket
 import struct
-from collections.abc import Callable
+import time
 from typing import Protocol
 
 from svsm.formats.errors import ProtocolError
@@ -25,9 +25,9 @@ __all__ = ["Client", "ControlClient", "DataClient", "Front", "PlatformClient"]
 _CHUNK_BYTES = 4096
 _MAX_UNSENT_BYTES = 65536
 _DONTWAIT = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-_HOT_ROUNDS = 64
+_HOT_ROUNDS = 32
+_HOT_SECONDS = 0.02
 _HOT_WAIT_US = 2000
-_GONE = -1
 
 
 class Front(Protocol):
@@ -106,6 +106,7 @@ class DataClient(Client):
     def _readable(self) -> bool:
         receive, execute, send = self.connection.recv, self.front.execute, self.connection.send
         flags = int(socket.MSG_DONTWAIT)
+        until = time.monotonic() + _HOT_SECONDS
         for _ in range(_HOT_ROUNDS):
             try:
                 chunk = receive(_CHUNK_BYTES, flags)
@@ -127,7 +128,7 @@ class DataClient(Client):
                 return False
             # A client that just got its answer usually sends the next command at once: wait for it here, briefly,
             # instead of paying for another round of the event loop.
-            if self._unsent or not self.front.quiet():
+            if self._unsent or not self.front.quiet() or time.monotonic() > until:
                 return True
             flags = 0
         return True
@@ -200,6 +201,3 @@ def _received(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             found.frombytes(data[: len(data) - len(data) % found.itemsize])
     return list(found)
-
-
-ClientFactory = Callable[[socket.socket, int, Front], Client]
