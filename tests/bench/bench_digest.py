@@ -63,7 +63,7 @@ def run(mib: int, runs: int) -> dict[str, float]:
 def main() -> None:
     """Entry point."""
     words = [int(word) for word in sys.argv[1:3]]
-    mib, runs = (*words, *(16, 7)[len(words) :])
+    mib, runs = (*words, *(16, 15)[len(words) :])
     print(json.dumps({"schema": 1, "bench": "snp-digest", "mib": mib, "runs": runs, **run(mib, runs)}))
 
 

@@ -136,9 +136,9 @@ class LaunchDigest:
             self._chain(_MIDDLES[page_type], gpa, digests)
 
     def _chain(self, middle: bytes, gpa: int, digests: list[bytes]) -> None:
-        sha384, value = hashlib.sha384, self._value
+        sha384, join, value = hashlib.sha384, b"".join, self._value
         for digest in digests:
-            value = sha384(value + digest + middle + gpa.to_bytes(8, "little")).digest()
+            value = sha384(join((value, digest, middle, gpa.to_bytes(8, "little")))).digest()
             gpa += 4096
         self._value = value
 
