@@ -153,9 +153,12 @@ def check_names(chain: Chain) -> str:
     Raises:
         IntegrityError: ``chain-issuer``, ``chain-name``, ``chain-constraints`` or ``chain-extension``.
     """
-    if chain.vek.issuer.raw != chain.intermediate.subject.raw:
-        raise IntegrityError("the signing key's issuer is another certificate", code="chain-issuer")
-    if chain.intermediate.issuer.raw != chain.root.subject.raw or chain.root.issuer.raw != chain.root.subject.raw:
+    links = (
+        (chain.vek, chain.intermediate),
+        (chain.intermediate, chain.root),
+        (chain.root, chain.root),
+    )
+    if any(certificate.issuer.raw != issuer.subject.raw for certificate, issuer in links):
         raise IntegrityError("the chain's names do not lead to its root", code="chain-issuer")
     if chain.root.subject.common_name != f"ARK-{chain.line}":
         raise IntegrityError("the root is another product's", code="chain-name", got=chain.root.subject.common_name)
