@@ -28,7 +28,9 @@ def private_directory(path: Path) -> None:
         BackendError: ``broker-state-io``.
     """
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # A missing parent is a state directory of ours, and private too.
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
         found = path.stat()
     except OSError as error:
         raise _io(error, path) from None
