@@ -196,6 +196,12 @@ class Machine:
         self._host.close()
         if self._kernel is not None:
             self._kernel.close()
+        if self._kernel is not None:
+            self._kernel.close()
+        self._host.close()
+        for descriptor in self._kernel_descriptors.values():
+            os.close(descriptor)
+        self._kernel_descriptors.clear()
         return end.reason
 
     # ---- pages ---------------------------------------------------------------------------------------------------

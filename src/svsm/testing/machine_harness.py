@@ -10,11 +10,13 @@ the separation of processes matters, a test starts processes (`tests/unit/hardwa
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from cryptography.hazmat.primitives import hashes
@@ -23,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
 from svsm.formats.errors import SvsmError
 from svsm.formats.igvm import IgvmFile
+from svsm.formats.snp.hardware_messages import HostCommand, Message
 from svsm.formats.snp.report import Report
 from svsm.formats.snp.tcb import Line, Tcb
 from svsm.hardware.chip import Chip
@@ -107,6 +110,25 @@ class _TestSpawner:
         return _Thread(), kernel_end
 
 
+_DIRECTED = 0x7777
+
+
+class _Directed(Hypervisor):
+    """A hypervisor that a test can make do something, in its own thread: a made-up exit code fetches the work."""
+
+    work: collections.deque[Callable[[Hypervisor], object]]
+    results: list[object]
+
+    def _exit(self, message: Message) -> Message | None:
+        if message.arguments[0] != _DIRECTED:
+            return super()._exit(message)
+        try:
+            self.results.append(self.work.popleft()(self))
+        finally:
+            answer = message.answer()
+        return answer
+
+
 @dataclasses.dataclass(slots=True)
 class RunningMachine:
     """What a test can look at."""
@@ -121,6 +143,22 @@ class RunningMachine:
     """After the context: how it ended."""
     killed: list[int] = dataclasses.field(default_factory=list)
     """Statuses with which the platform would have ended the process."""
+
+    def as_host(self, work: Callable[[Hypervisor], object]) -> object:
+        """Run `work` in the host's place and give its result; the host's thread owns the channel."""
+        hypervisor = self.hypervisor
+        if not isinstance(hypervisor, _Directed):
+            raise TypeError("not a hypervisor of this harness")
+        hypervisor.work.append(work)
+        self.platform._host.exit(_DIRECTED, deadline=time.monotonic() + _JOIN_SECONDS)
+        return hypervisor.results.pop()
+
+    def host_command(self, kind: HostCommand, *arguments: int) -> Message:
+        """One command of the host to the hardware, whatever its status."""
+        answer = self.as_host(lambda host: host._hardware.ask(kind, *arguments))
+        if not isinstance(answer, Message):
+            raise TypeError("no answer")
+        return answer
 
 
 @contextlib.contextmanager
@@ -171,19 +209,28 @@ def running_machine(
         thread.start()
     events: list[tuple[str, Mapping[str, object]]] = []
     hardware = HardwarePort(to_hardware)
-    hypervisor = host(
+    directed: type[_Directed] = type("Directed", (_Directed, host), {"work": collections.deque(), "results": []})
+    hypervisor = directed(
         hardware,
         host_end,
         memory.descriptors[Home.SHARED],
         listeners=listeners,
         notify=lambda name, details: events.append((name, details)),
     )
-    launched = hypervisor.launch(IgvmFile.parse(small_image() if image is None else image), configuration)
-    for device in devices:
-        hypervisor.offer(device)
-    hypervisor.start(launched)
-    if not spawner.started.wait(_JOIN_SECONDS) or spawner.start is None:
-        raise RuntimeError("the kernel was not started")
+    try:
+        launched = hypervisor.launch(IgvmFile.parse(small_image() if image is None else image), configuration)
+        for device in devices:
+            hypervisor.offer(device)
+        hypervisor.start(launched)
+        if not spawner.started.wait(_JOIN_SECONDS) or spawner.start is None:
+            raise RuntimeError("the kernel was not started")
+    except BaseException:
+        hardware.close()
+        host_end.close()
+        for thread in threads:
+            thread.join(_JOIN_SECONDS)
+        memory.close()
+        raise
     killed: list[int] = []
     platform = SimulatedPlatform(
         spawner.descriptors,
