@@ -9,12 +9,10 @@ in the GHCB MSR. Single-threaded: `step` waits for the next exit of the guest.
 from __future__ import annotations
 
 import dataclasses
-import os
-import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from svsm.abi.errors import ProtocolError
-from svsm.abi.platform import PAGE_SIZE, AttestationReport, Device, Gpa, GuestExit, Permission, Vmpl
+from svsm.abi.platform import PAGE_SIZE, Gpa, Permission, Vmpl
 from svsm.formats.guest_mailbox import DATA_OFFSET, DONE_OFFSET, MAILBOX_BYTES, MailboxControl, MailboxFlags
 from svsm.formats.record import Buffer
 from svsm.formats.snp.vcpu_messages import Access, ExitCode, Memory, Registers
@@ -191,30 +189,3 @@ class Machine:
         self.rig.start(
             Registers(**state, fs_base=view.get("fs.base"), gs_base=view.get("gs.base"), ghcb_msr=self.ghcb_msr)
         )
-
-    def report(self, report_data: bytes) -> AttestationReport:
-        raise NotImplementedError
-
-    def guest_exit(self) -> GuestExit | None:
-        raise NotImplementedError
-
-    def spawn(self, service: str, archive: int, parameters: Mapping[str, str]) -> socket.socket:
-        raise NotImplementedError
-
-    def change_state(self, gpa: Gpa, *, size_bytes: int, private: bool) -> None:
-        raise NotImplementedError
-
-    def next_device(self) -> Device | None:
-        raise NotImplementedError
-
-    def take_interrupt(self) -> bool:
-        raise NotImplementedError
-
-    def wait(self, *, deadline: float) -> bool:
-        raise NotImplementedError
-
-    def fileno(self) -> int:
-        return self.rig.sock.fileno()
-
-    def terminate(self, reason: str) -> None:
-        os.abort()

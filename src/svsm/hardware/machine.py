@@ -193,9 +193,6 @@ class Machine:
             self._host.send(
                 Message(HostCommand.ENDED, (status & _WORD,), text, status=int(end.reason is EndReason.VIOLATION))
             )
-        self._host.close()
-        if self._kernel is not None:
-            self._kernel.close()
         if self._kernel is not None:
             self._kernel.close()
         self._host.close()

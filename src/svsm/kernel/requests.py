@@ -23,9 +23,9 @@ import enum
 from typing import Final
 
 from svsm.abi.errors import BackendError, StateError, SvsmError
-from svsm.abi.platform import PAGE_SIZE, Gpa, Platform
+from svsm.abi.platform import PAGE_SIZE, Gpa
 from svsm.formats.snp.vmsa import VmsaView
-from svsm.kernel.protocols.guest_memory import CALLING_AREA_BYTES, GuestMemory
+from svsm.kernel.protocols.guest_memory import CALLING_AREA_BYTES, GuestMemory, GuestPlatform
 from svsm.kernel.protocols.table import Call, ProtocolTable, Reply
 
 __all__ = ["EXIT_HLT", "EXIT_INTR", "EXIT_VMGEXIT", "GuestState", "RequestLoop"]
@@ -58,7 +58,7 @@ class RequestLoop:
         vmsa_gpa: Which vCPU.
     """
 
-    def __init__(self, platform: Platform, memory: GuestMemory, table: ProtocolTable, vmsa_gpa: Gpa) -> None:
+    def __init__(self, platform: GuestPlatform, memory: GuestMemory, table: ProtocolTable, vmsa_gpa: Gpa) -> None:
         self._platform = platform
         self._memory = memory
         self._table = table

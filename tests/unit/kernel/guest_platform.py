@@ -9,11 +9,9 @@ for is in `log`.
 from __future__ import annotations
 
 import dataclasses
-import socket
-from collections.abc import Mapping
 
 from svsm.abi.errors import ProtocolError
-from svsm.abi.platform import PAGE_SIZE, AttestationReport, Device, Gpa, GuestExit, Permission, Vmpl
+from svsm.abi.platform import PAGE_SIZE, Gpa, Permission, Vmpl
 from svsm.formats.record import Buffer
 from svsm.formats.snp.vmsa import VmsaView
 from svsm.kernel.protocols.core import core_protocol
@@ -114,33 +112,6 @@ class FakePlatform:
     def run_guest(self, vmsa_gpa: Gpa) -> None:
         self._note("run", vmsa_gpa)
         self.runs += 1
-
-    def report(self, report_data: bytes) -> AttestationReport:
-        raise NotImplementedError
-
-    def guest_exit(self) -> GuestExit | None:
-        raise NotImplementedError
-
-    def spawn(self, service: str, archive: int, parameters: Mapping[str, str]) -> socket.socket:
-        raise NotImplementedError
-
-    def change_state(self, gpa: Gpa, *, size_bytes: int, private: bool) -> None:
-        raise NotImplementedError
-
-    def next_device(self) -> Device | None:
-        raise NotImplementedError
-
-    def take_interrupt(self) -> bool:
-        raise NotImplementedError
-
-    def wait(self, *, deadline: float) -> bool:
-        raise NotImplementedError
-
-    def fileno(self) -> int:
-        raise NotImplementedError
-
-    def terminate(self, reason: str) -> None:
-        raise NotImplementedError
 
 
 @dataclasses.dataclass

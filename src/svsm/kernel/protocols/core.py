@@ -18,9 +18,9 @@ from __future__ import annotations
 from typing import Final
 
 from svsm.abi.errors import BackendError, SvsmError
-from svsm.abi.platform import PAGE_SIZE, Gpa, Permission, Platform, Vmpl
+from svsm.abi.platform import PAGE_SIZE, Gpa, Permission, Vmpl
 from svsm.formats.record import U16, U32, Record, record
-from svsm.kernel.protocols.guest_memory import CALLING_AREA_BYTES, GuestMemory
+from svsm.kernel.protocols.guest_memory import CALLING_AREA_BYTES, GuestMemory, GuestPlatform
 from svsm.kernel.protocols.table import Call, ProtocolTable, Reply, Result, Row, SvsmProtocol, result_of
 
 __all__ = ["CORE", "GUEST_VMPL", "core_protocol"]
@@ -53,7 +53,7 @@ _ENTRY_RESERVED: Final = 0xFF0
 _ENTRY_FRAME: Final = ~0xFFF
 
 
-def core_protocol(platform: Platform, memory: GuestMemory, table: ProtocolTable) -> SvsmProtocol:
+def core_protocol(platform: GuestPlatform, memory: GuestMemory, table: ProtocolTable) -> SvsmProtocol:
     """The core protocol's rows.
 
     Args:
@@ -75,7 +75,7 @@ def core_protocol(platform: Platform, memory: GuestMemory, table: ProtocolTable)
 
 
 class _Core:
-    def __init__(self, platform: Platform, memory: GuestMemory, table: ProtocolTable) -> None:
+    def __init__(self, platform: GuestPlatform, memory: GuestMemory, table: ProtocolTable) -> None:
         self._platform = platform
         self._memory = memory
         self._table = table

@@ -13,16 +13,36 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Protocol
 
 from svsm.abi.errors import StateError
-from svsm.abi.platform import PAGE_SIZE, Gpa, Platform
+from svsm.abi.platform import PAGE_SIZE, Gpa, Permission, Vmpl
 from svsm.formats.record import Buffer
 from svsm.kernel.protocols.table import CallError, Result
 
-__all__ = ["CALLING_AREA_BYTES", "GuestMemory", "Region", "VcpuArea"]
+__all__ = ["CALLING_AREA_BYTES", "GuestMemory", "GuestPlatform", "Region", "VcpuArea"]
 
 CALLING_AREA_BYTES = 8
 """What of a calling area page means something to the SVSM (AMD 58019 table 2); the guest uses the rest."""
+
+
+class GuestPlatform(Protocol):
+    """The part of `svsm.abi.platform.Platform` that a guest's calls may move; documented there."""
+
+    def read(self, gpa: Gpa, length: int) -> bytes:
+        """Bytes of memory."""
+
+    def write(self, gpa: Gpa, data: Buffer) -> None:
+        """Store bytes."""
+
+    def validate(self, gpa: Gpa, *, size_bytes: int, validated: bool) -> bool:
+        """PVALIDATE."""
+
+    def adjust(self, gpa: Gpa, *, size_bytes: int, vmpl: Vmpl, permissions: Permission, vmsa: bool) -> None:
+        """RMPADJUST."""
+
+    def run_guest(self, vmsa_gpa: Gpa) -> None:
+        """Let the vCPU run."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,7 +77,7 @@ class GuestMemory:
         StateError: ``guest-memory-map`` for a region that is not made of whole pages.
     """
 
-    def __init__(self, platform: Platform, regions: Iterable[Region], *, protected: Iterable[Gpa] = ()) -> None:
+    def __init__(self, platform: GuestPlatform, regions: Iterable[Region], *, protected: Iterable[Gpa] = ()) -> None:
         self._platform = platform
         self._regions = _merged(regions)
         self._protected = [Region(gpa, PAGE_SIZE) for gpa in protected]
