@@ -8,6 +8,7 @@ checks here tell before the launch. Verification is pyca/cryptography's.
 from __future__ import annotations
 
 import dataclasses
+from typing import Final
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -18,9 +19,11 @@ from svsm.formats.errors import FormatError, IntegrityError
 from svsm.formats.igvm import IgvmFile, guest_policy
 from svsm.formats.igvm.id_block import split_header
 from svsm.formats.igvm.layout import SnpIdBlock
-from svsm.formats.snp.id_block import EcdsaSignature, IdAuth, IdBlock, PspPublicKey, key_digest
+from svsm.formats.snp.id_block import CURVE_P384, EcdsaSignature, IdAuth, IdBlock, PspPublicKey, key_digest
 
 __all__ = ["IdBlockCheck", "check_id_blocks", "demand_id_blocks"]
+
+_MAX_ID_BLOCKS: Final = 16
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -55,9 +58,11 @@ def check_id_blocks(file: IgvmFile, launch_digest: bytes) -> list[IdBlockCheck]:
     """Check every ID block of `file` against its launch digest and policy.
 
     Raises:
-        FormatError: ``igvm-duplicate`` for several policies, ``id-key`` for a key that is not on P-384.
+        FormatError: ``igvm-duplicate`` for several policies; ``igvm-limit`` for more than 16 ID blocks.
     """
     headers = [header.body for header in file.headers if isinstance(header.body, SnpIdBlock)]
+    if len(headers) > _MAX_ID_BLOCKS:
+        raise FormatError("the file has too many ID blocks", code="igvm-limit", got=len(headers))
     policy = (guest_policy(file) or 0) if headers else 0
     return [_check(header, policy, launch_digest) for header in headers]
 
@@ -99,10 +104,12 @@ def _check(header: SnpIdBlock, policy: int, launch_digest: bytes) -> IdBlockChec
 
 def _verifies(key: PspPublicKey, signature: EcdsaSignature, message: bytes) -> bool:
     x, y = key.coordinates
+    if key.curve != CURVE_P384:
+        return False
     try:
         public = ec.EllipticCurvePublicNumbers(x, y, ec.SECP384R1()).public_key()
-    except ValueError as error:
-        raise FormatError("the key is not a point of P-384", code="id-key") from error
+    except ValueError:  # not a point of the curve
+        return False
     try:
         public.verify(encode_dss_signature(*signature.values), message, ec.ECDSA(SHA384()))
     except InvalidSignature:

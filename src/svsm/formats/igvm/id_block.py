@@ -2,20 +2,19 @@
 """From an IGVM file's ID block header to what SNP_LAUNCH_FINISH takes.
 
 The header holds the same data in another arrangement, without the policy, which is in GUEST_POLICY and is part of
-what the ID key signed. The header's `reserved` word in a key is no part of the form that the AMD-SP hashes.
+what the ID key signed. The header's `reserved` word in a key is no part of the form that the AMD-SP hashes. Nothing
+is judged here: the AMD-SP, or `svsm.launch.id_block`, does that.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-from svsm.formats.errors import FormatError
 from svsm.formats.igvm.layout import PublicKey, Signature, SnpIdBlock
-from svsm.formats.snp.id_block import CURVE_P384, EcdsaSignature, IdAuth, IdBlock, PspPublicKey
+from svsm.formats.snp.id_block import EcdsaSignature, IdAuth, IdBlock, PspPublicKey
 
 __all__ = ["split_header"]
 
-_P384_BYTES: Final = 48
 _COMPONENT: Final = bytes(72)
 _NO_SIGNATURE: Final = EcdsaSignature(_COMPONENT, _COMPONENT, bytes(368))
 _NO_KEY: Final = PspPublicKey(0, _COMPONENT, _COMPONENT, bytes(880))
@@ -27,9 +26,6 @@ def split_header(header: SnpIdBlock, *, policy: int) -> tuple[IdBlock, IdAuth]:
     Args:
         header: From the file.
         policy: Of the file's GUEST_POLICY.
-
-    Raises:
-        FormatError: ``id-key`` for a key on another curve or with more than 384 bits a coordinate.
     """
     block = IdBlock(header.ld, header.family_id, header.image_id, header.version, header.guest_svn, policy)
     enabled = bool(header.author_key_enabled)
@@ -48,8 +44,6 @@ def split_header(header: SnpIdBlock, *, policy: int) -> tuple[IdBlock, IdAuth]:
 
 
 def _key(key: PublicKey) -> PspPublicKey:
-    if key.curve != CURVE_P384 or any(key.qx[_P384_BYTES:]) or any(key.qy[_P384_BYTES:]):
-        raise FormatError("the key is not a P-384 key", code="id-key", got=key.curve)
     return PspPublicKey(key.curve, key.qx, key.qy, bytes(880))
 
 
