@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from svsm.abi.block import Extent, Range
 from svsm.formats.errors import BackendError
 from svsm.formats.record import Buffer
+from svsm.storage.drivers.checks import check_ranges
 from svsm.storage.drivers.memory import MemoryDevice
 
 __all__ = ["PIECE_BYTES", "CrashImage", "Event", "Mark", "PowerCutDisk", "crash_images"]
@@ -107,6 +108,8 @@ class PowerCutDisk:
     def write(self, extents: Sequence[Extent]) -> None:
         """Write all extents; each counts as one write."""
         self._power("write")
+        sizes = [(offset, len(data)) for offset, data in extents]
+        check_ranges(sizes, size_bytes=self.size_bytes, block_size_bytes=self.block_size)
         for offset, data in extents:
             number, self.writes = self.writes, self.writes + 1
             if number == self.cut_at_write:

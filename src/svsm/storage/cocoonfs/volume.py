@@ -37,7 +37,16 @@ from svsm.storage.cocoonfs.mkfs import format_volume
 from svsm.storage.cocoonfs.replay import plan_replay
 from svsm.storage.cocoonfs.transaction import Change, CommitPlan, plan_commit
 
-__all__ = ["FileInfo", "FoundJournal", "PreparedCommit", "Probe", "Transaction", "Volume", "probe"]
+__all__ = [
+    "FileInfo",
+    "FoundJournal",
+    "PreparedCommit",
+    "Probe",
+    "Transaction",
+    "Volume",
+    "probe",
+    "read_static_header",
+]
 
 _MAX_INODE = (1 << 64) - 1
 _MAX_SALT = 255
@@ -88,7 +97,12 @@ def probe(device: BlockDevice) -> Probe:
     return Probe.BLANK
 
 
-def _read_static(device: BlockDevice) -> StaticHeader:
+def read_static_header(device: BlockDevice) -> StaticHeader:
+    """Configuration and salt from the header in clear text; needs no key and proves nothing.
+
+    Raises:
+        FormatError: ``cocoonfs-no-magic``, ``cocoonfs-header``, ``cocoonfs-truncated``, ``cocoonfs-unsupported-…``.
+    """
     header = StaticHeader.measure(_read_start(device, 0, 128)[:128])
     if header.size_bytes > device.size_bytes:
         raise FormatError("the disk is shorter than its header", code="cocoonfs-truncated", got=device.size_bytes)
@@ -140,7 +154,7 @@ class Volume:
                 code="cocoonfs-creation-info",
                 hint="create it with the program that wrote the announcement",
             )
-        volume = _context(device, key, _read_static(device))
+        volume = _context(device, key, read_static_header(device))
         head = volume.io.read(volume.places.journal_head)
         journal = is_active(volume.layout, head)
         clean = not any(head[: volume.io.first_bytes])

@@ -16,7 +16,7 @@ import stat
 from collections.abc import Sequence
 
 from svsm.abi.block import Extent, Range
-from svsm.formats.errors import BackendError, StateError
+from svsm.formats.errors import BackendError, StateError, SvsmError
 from svsm.storage.drivers.checks import (
     block_io_error,
     check_block_size,
@@ -31,7 +31,7 @@ DEFAULT_BLOCK_SIZE_BYTES = 512
 
 
 class FileDevice:
-    """A `BlockDevice` on a descriptor, which it owns from then on.
+    """A `BlockDevice` on a descriptor, which it owns (it closes it even where this raises).
 
     Args:
         descriptor: Open for reading, and for writing unless `read_only`.
@@ -46,12 +46,16 @@ class FileDevice:
     def __init__(
         self, descriptor: int, *, block_size_bytes: int = DEFAULT_BLOCK_SIZE_BYTES, read_only: bool = False
     ) -> None:
-        check_block_size(block_size_bytes)
         self._descriptor = descriptor
         self._block_size = block_size_bytes
         self._read_only = read_only
-        self._size = self._measure() // block_size_bytes * block_size_bytes
-        self._lock()
+        try:
+            check_block_size(block_size_bytes)
+            self._size = self._measure() // block_size_bytes * block_size_bytes
+            self._lock()
+        except SvsmError:
+            self.close()
+            raise
 
     def _measure(self) -> int:
         try:

@@ -65,7 +65,7 @@ class BlockMessage(Record):
 
 
 class RemoteDevice:
-    """A `BlockDevice` over a connected stream socket, which it owns.
+    """A `BlockDevice` over a connected stream socket, which it owns (it closes it even where this raises).
 
     Args:
         connection: The socket; its timeout is this driver's from now on.
@@ -86,7 +86,11 @@ class RemoteDevice:
         self._sequence = 0
         self._dead: str | None = None
         self._closed = False
-        self._size, self._block_size = self._describe()
+        try:
+            self._size, self._block_size = self._describe()
+        except SvsmError:
+            self.close()
+            raise
 
     def _describe(self) -> tuple[int, int]:
         deadline = self._deadline()
