@@ -166,10 +166,12 @@ def _print_verdict(verdict: Verdict) -> None:
     if verdict.simulated:
         print("  under a SIMULATED root: no silicon vouches for this")
     for check in verdict.checks:
-        if check.result == "not_reached":
+        if check.result in {"not_reached", "not_checked"}:
             continue
         code = f" [{check.code}]" if check.code else ""
-        print(f"  {check.result.replace('_', ' '):12} {check.name:18} {check.detail}{code}")
+        print(f"  {check.result:7} {check.name:18} {check.detail}{code}")
+    if verdict.not_checked:
+        print(f"  not checked, since no value was given: {', '.join(verdict.not_checked)}")
     if not verdict.authentic:
         print("  Nothing that the report says was looked at further: it is not proved authentic.")
 

@@ -92,7 +92,7 @@ def test_a_vcek_of_another_product_name_is_refused() -> None:
     ],
 )
 def test_a_name_with_something_else_in_it_is_refused(
-    monkeypatch: pytest.MonkeyPatch, extra: x509.NameAttribute
+    monkeypatch: pytest.MonkeyPatch, extra: x509.NameAttribute[str]
 ) -> None:
     original = authority_module._name
     monkeypatch.setattr(authority_module, "_name", lambda text: x509.Name([*original(text), extra]))
