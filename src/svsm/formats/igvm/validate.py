@@ -41,7 +41,7 @@ MAX_GPA: Final = 1 << 64
 """Nothing may wrap. Processors have at most 52 address bits; what a guest really has is for its loader to check."""
 
 MAX_PARAMETER_AREA_BYTES: Final = 64 << 20
-"""A parameter area costs a loop iteration per page at measurement; a file may claim 2^64 bytes for 40 of its own."""
+"""Of all areas together: they cost a loader memory, and a file may claim 2^64 bytes for 40 of its own."""
 
 NATIVE_CONTEXT_BYTES: Final = 232
 """Bytes of a NATIVE or SEV context that mean something; the rest of the page must be zero."""
@@ -73,6 +73,7 @@ class _Validator:
         self._start = file.data_start
         self._platforms: dict[int, SupportedPlatform] = {}
         self._areas: dict[int, int | None] = {}
+        self._area_bytes = 0
         self._documents = 0
         self._signatures = 0
         self._regions: list[tuple[int, int, int]] = []
@@ -170,7 +171,10 @@ class _Validator:
     def _area(self, body: ParameterArea) -> None:
         size, index = body.number_of_bytes, body.parameter_area_index
         self._demand(size % PAGE_SIZE == 0, "a parameter area has a partial page", "igvm-alignment", size)
-        self._demand(size <= MAX_PARAMETER_AREA_BYTES, "a parameter area is too large", "igvm-limit", size)
+        self._area_bytes += size
+        self._demand(
+            self._area_bytes <= MAX_PARAMETER_AREA_BYTES, "the parameter areas are too large", "igvm-limit", size
+        )
         self._demand(index not in self._areas, "a parameter area index is declared twice", "igvm-duplicate", index)
         if body.file_offset:
             self._data(body.file_offset, size)

@@ -168,6 +168,14 @@ def test_limits() -> None:
     assert _code(lambda b: b.add(HeaderType.ERROR_RANGE, error_range)) == "igvm-address"
 
 
+def test_parameter_areas_are_bounded_together() -> None:
+    def build(builder: IgvmBuilder) -> None:
+        for index in range(5):
+            builder.parameter_area(index, MAX_PARAMETER_AREA_BYTES // 4)
+
+    assert _code(build) == "igvm-limit"
+
+
 def test_pages_may_not_wrap() -> None:
     def build(builder: IgvmBuilder) -> None:
         builder.parameter_area(0, 8192)
