@@ -139,19 +139,26 @@ class HttpServer:
             return
         with self._lock:
             self._open.add(connection)
-        threading.Thread(target=self._converse, args=(connection,), daemon=True).start()
+        try:
+            threading.Thread(target=self._converse, args=(connection,), daemon=True).start()
+        except RuntimeError:
+            # No thread to be had: this peer comes back later, the server stays.
+            self._forget(connection)
 
     def _converse(self, connection: socket.socket) -> None:
         try:
-            with contextlib.suppress(OSError, _Ended, h11.ProtocolError):
+            with contextlib.suppress(OSError):
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with contextlib.suppress(OSError, _Ended, h11.ProtocolError):
                 _Conversation(connection, self._app, self._limits).run()
         finally:
-            with self._lock:
-                self._open.discard(connection)
-            connection.close()
-            self._places.release()
+            self._forget(connection)
+
+    def _forget(self, connection: socket.socket) -> None:
+        with self._lock:
+            self._open.discard(connection)
+        connection.close()
+        self._places.release()
 
 
 class _Conversation:

@@ -160,6 +160,22 @@ class Broker:
         self._store.add(row, digests=allowed)
         return self.volume(configuration.volume_id)
 
+    def enrol(self, configuration: LaunchConfiguration, *, root: str, digest: bytes) -> tuple[Volume, bool]:
+        """The row of a launch configuration; made, with `digest` on its list, only if there is none.
+
+        An existing row is left as it is: a changed image must not admit itself, a new machine must not take over.
+
+        Returns:
+            The row, and whether it was made now.
+
+        Raises:
+            StateError: As `create_volume`.
+        """
+        found = self._store.by_host_data(configuration.host_data())
+        if found is not None:
+            return found, False
+        return self.create_volume(configuration, root=root, allowed=[digest]), True
+
     def allow(self, volume: str, digest: bytes) -> bool:
         """Put a launch digest on a volume's list.
 

@@ -9,9 +9,12 @@ import threading
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from svsm.broker.app import BrokerApp
 from svsm.broker.audit import verify_chain
+from svsm.broker.http import Request
 from svsm.broker.service import Broker
 from svsm.broker.sessions import Limits, Sessions
 from svsm.broker.store import SCHEMA_VERSION
@@ -288,6 +291,32 @@ def test_volumes_are_created_once_and_named_well(desk: Desk) -> None:
         desk.broker.volume("vm")
     assert ambiguous.value.code == "broker-volume-ambiguous"
     assert desk.broker.volume(desk.volume.volume_id).name == "vm"
+
+
+def test_enrolment_allows_a_digest_only_with_a_new_row(desk: Desk) -> None:
+    fresh = configuration("fresh")
+    row, made = desk.broker.enrol(fresh, root=simulated_root(0), digest=DIGEST)
+    assert made
+    again, made_again = desk.broker.enrol(fresh, root=simulated_root(1), digest=b"m" * 48)
+    assert not made_again
+    assert (again.volume_id, again.root) == (row.volume_id, simulated_root(0))
+    assert desk.broker.allowed_digests(row.volume_id) == [DIGEST]
+
+
+_PATHS = [kbs.AUTH_PATH, kbs.ATTEST_PATH, kbs.CHANNEL_PATH, kbs.DEFAULT_RESOURCE_PATH, "/", "/kbs/v0/resource/"]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    method=st.sampled_from(["GET", "POST", "PUT"]),
+    target=st.sampled_from(_PATHS) | st.text(max_size=40),
+    cookie=st.text(max_size=60) | st.binary(min_size=16, max_size=16).map(lambda b: f"kbs-session-id={b.hex()}"),
+    body=st.binary(max_size=120),
+)
+def test_any_request_has_an_answer(desk: Desk, method: str, target: str, cookie: str, body: bytes) -> None:
+    answer = BrokerApp(desk.broker)(Request(method=method, target=target, cookie=cookie, body=body))
+    assert 400 <= answer.status < 500
+    assert kbs.ErrorBody.code_of(answer.body)
 
 
 # --- sessions --------------------------------------------------------------------------------------------------
