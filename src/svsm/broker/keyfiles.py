@@ -28,9 +28,10 @@ def private_directory(path: Path) -> None:
         BackendError: ``broker-state-io``.
     """
     try:
-        # A missing parent is a state directory of ours, and private too.
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.mkdir(mode=0o700, exist_ok=True)
+        if not path.exists():
+            # A missing parent is a state directory of ours, and private too.
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.mkdir(mode=0o700, exist_ok=True)
         found = path.stat()
     except OSError as error:
         raise _io(error, path) from None
