@@ -96,7 +96,10 @@ def _occupied(directory: Path) -> bool:
 def _publish(directory: Path, files: dict[str, bytes]) -> None:
     """Write all files beside the directory, then put them in its place by renaming."""
     directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    staged = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}")
+    for leftover in directory.parent.glob(f".{directory.name}.new-*"):
+        # Of a process that was killed while it minted: nobody has used those keys.
+        shutil.rmtree(leftover, ignore_errors=True)
+    staged = directory.with_name(f".{directory.name}.new-{secrets.token_hex(8)}")
     staged.mkdir(mode=0o700)
     try:
         for name, content in files.items():
@@ -105,16 +108,27 @@ def _publish(directory: Path, files: dict[str, bytes]) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        if directory.exists():
-            _take_owner(staged, directory)
-            old = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}")
-            directory.rename(old)
-            staged.rename(directory)
-            shutil.rmtree(old)
-        else:
-            staged.rename(directory)
+        _replace(directory, staged)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def _replace(directory: Path, staged: Path) -> None:
+    if directory.exists():
+        _take_owner(staged, directory)
+    if _occupied(directory):
+        # Two renames: killed between them, the old machine is under the name `.old-` and can be renamed back.
+        old = directory.with_name(f".{directory.name}.old-{secrets.token_hex(8)}")
+        directory.rename(old)
+        staged.rename(directory)
+        shutil.rmtree(old)
+    else:
+        staged.rename(directory)  # takes the place of an empty directory in one step
+    parent = os.open(directory.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(parent)
+    finally:
+        os.close(parent)
 
 
 def _take_owner(staged: Path, directory: Path) -> None:

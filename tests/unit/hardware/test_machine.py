@@ -73,6 +73,14 @@ def test_an_empty_directory_is_filled(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["machine"]
 
 
+def test_what_a_killed_mint_left_behind_is_cleared(tmp_path: Path) -> None:
+    (tmp_path / ".machine.new-0123").mkdir()
+    (tmp_path / ".machine.new-0123" / "ark.key.pem").write_bytes(b"half a key")
+    (tmp_path / ".machine.old-0123").mkdir()
+    _mint(tmp_path / "machine")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".machine.old-0123", "machine"]
+
+
 def test_a_directory_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(BackendError) as refused:

@@ -52,6 +52,7 @@ __all__ = [
 
 _KEY_NAMES: Final = {"SEV-VCEK": "VCEK", "SEV-VLEK": "VLEK"}
 _RSA_BITS: Final = 4096
+_CACHED_BYTES: Final = 4096
 _UNDERSTOOD_CRITICAL: Final = frozenset({BASIC_CONSTRAINTS_OID, KEY_USAGE_OID})
 
 
@@ -221,9 +222,14 @@ def check_signatures(chain: Chain) -> str:
     return "RSASSA-PSS with SHA-384"
 
 
-@functools.lru_cache(maxsize=4096)
 def _rsa_verified(public_key: bytes, message: bytes, signature: bytes) -> bool | None:
-    """Whether a signature holds; None when the key is not RSA-4096. Cached by all of its inputs."""
+    """Whether a signature holds; None when the key is not RSA-4096."""
+    # What is larger than AMD's certificates is checked, but must not fill the cache.
+    check = _cached_rsa_check if len(message) + len(signature) <= _CACHED_BYTES else _rsa_check
+    return check(public_key, message, signature)
+
+
+def _rsa_check(public_key: bytes, message: bytes, signature: bytes) -> bool | None:
     try:
         key = serialization.load_der_public_key(public_key)
     except (ValueError, UnsupportedAlgorithm):
@@ -235,6 +241,10 @@ def _rsa_verified(public_key: bytes, message: bytes, signature: bytes) -> bool |
     except InvalidSignature:
         return False
     return True
+
+
+_cached_rsa_check = functools.lru_cache(maxsize=2048)(_rsa_check)
+"""By the exact inputs, so that nothing can stand in for something else."""
 
 
 @functools.lru_cache(maxsize=4096)

@@ -15,6 +15,7 @@ import dataclasses
 import datetime
 import functools
 from collections.abc import Callable, Collection, Sequence
+from typing import Final
 
 from svsm.broker.verifier import chain as chains
 from svsm.broker.verifier.policy import ReportPolicy
@@ -29,6 +30,7 @@ from svsm.formats.snp.report import Report, SigningKey, parse_report
 
 __all__ = ["CHECK_NAMES", "verify", "verify_evidence"]
 
+_CACHED_BYTES: Final = 8192
 _CHAIN_CHECKS = ("report-format", "certificates", "root", "mark", "names", "chain", "validity", "revocation")
 CHECK_NAMES = (
     *_CHAIN_CHECKS,
@@ -251,7 +253,12 @@ def _authenticate(
     return case[0]
 
 
-@functools.lru_cache(maxsize=1024)
 def _certificates(data: bytes) -> tuple[Certificate, ...]:
-    """Parsed certificates of one blob; parsing costs more than a cached signature check."""
+    """Parsed certificates of one blob."""
+    # Parsing costs more than a cached signature check; what is larger than AMD's chains must not fill the cache.
+    return _cached_certificates(data) if len(data) <= _CACHED_BYTES else tuple(certificates_from(data))
+
+
+@functools.lru_cache(maxsize=1024)
+def _cached_certificates(data: bytes) -> tuple[Certificate, ...]:
     return tuple(certificates_from(data))

@@ -13,7 +13,11 @@ from typing import Final
 
 from svsm.formats.errors import FormatError
 
-__all__ = ["DerReader", "Element", "Tag", "decode_oid"]
+__all__ = ["MAX_INTEGER_BYTES", "MAX_TEXT_BYTES", "DerReader", "Element", "Tag", "decode_oid"]
+
+MAX_INTEGER_BYTES: Final = 64
+"""RFC 5280 allows 20 for a serial number. Beyond a few thousand digits Python refuses to print a number at all."""
+MAX_TEXT_BYTES: Final = 256
 
 
 class Tag:
@@ -56,9 +60,11 @@ class Element:
         """The value of an INTEGER.
 
         Raises:
-            FormatError: ``der`` when it is empty or not minimal.
+            FormatError: ``der`` when it is empty, not minimal, or longer than any number in a certificate needs to be.
         """
         data = self.content
+        if len(data) > MAX_INTEGER_BYTES:
+            raise FormatError("a DER integer is too long", code="der", got=len(data))
         redundant = len(data) > 1 and ((data[0] == 0 and data[1] < 0x80) or (data[0] == 0xFF and data[1] >= 0x80))
         if self.tag != Tag.INTEGER or not data or redundant:
             raise FormatError("not a DER integer", code="der")
@@ -68,15 +74,19 @@ class Element:
         """The value of a UTF8String, PrintableString or IA5String.
 
         Raises:
-            FormatError: ``der`` for another type or bytes outside its alphabet.
+            FormatError: ``der`` for another type, bytes outside its alphabet, more than 256 bytes, or characters that
+                do not print: what stands in a certificate ends up in messages and logs.
         """
         encoding = {Tag.UTF8_STRING: "utf-8", Tag.PRINTABLE_STRING: "ascii", Tag.IA5_STRING: "ascii"}.get(self.tag)
-        if encoding is None:
-            raise FormatError("not a DER string", code="der", got=self.tag)
+        if encoding is None or len(self.content) > MAX_TEXT_BYTES:
+            raise FormatError("not a DER string, or too long", code="der", got=self.tag)
         try:
-            return self.content.decode(encoding)
+            text = self.content.decode(encoding)
         except UnicodeDecodeError:
             raise FormatError("a DER string holds bytes of another alphabet", code="der") from None
+        if not text.isprintable():
+            raise FormatError("a DER string holds characters that do not print", code="der")
+        return text
 
 
 class DerReader:

@@ -273,3 +273,31 @@ def test_oversized_random_bytes() -> None:
     for _ in range(50):
         with pytest.raises(FormatError):
             certificates_from(b"\x30" + source.randbytes(2000))
+
+
+def _der(tag: int, *parts: bytes) -> bytes:
+    content = b"".join(parts)
+    length = len(content)
+    size = bytes([length]) if length < 128 else bytes([0x82]) + length.to_bytes(2, "big")
+    return bytes([tag]) + size + content
+
+
+@pytest.mark.parametrize("first", [b"\x7f", b"\x80"], ids=["positive", "negative"])
+def test_a_number_that_python_would_not_print_is_a_refusal(first: bytes) -> None:
+    # Python raises ValueError where an int of more than 4300 digits becomes text: in an error message, for instance.
+    genuine = parse_certificate(machine().vcek)
+    algorithm = DerReader(machine().vcek).any().reader()
+    algorithm.any()
+    pss = algorithm.any().raw
+    huge = _der(Tag.INTEGER, first + bytes(8000))
+    tbs = _der(Tag.SEQUENCE, _der(Tag.explicit(0), huge), _der(Tag.INTEGER, b"\x01"), pss)
+    certificate = _der(Tag.SEQUENCE, tbs, pss, _der(Tag.BIT_STRING, b"\0" + genuine.signature))
+    with pytest.raises(FormatError) as refused:
+        parse_certificate(certificate)
+    assert len(str(refused.value)) < 200
+
+
+@pytest.mark.parametrize("text", [b"a\nb", b"\x1b[2J", b"x" * 257, b"\xff"])
+def test_text_is_short_and_prints(text: bytes) -> None:
+    with pytest.raises(FormatError):
+        DerReader(_der(Tag.UTF8_STRING, text)).any().text()
