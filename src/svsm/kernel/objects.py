@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from svsm.abi.syscall import Event
+from svsm.abi.syscall import Event, EventKind
 from svsm.formats.errors import SvsmError
 
 __all__ = [
@@ -34,7 +34,8 @@ __all__ = [
     "SinkObject",
 ]
 
-MAX_QUEUED_EVENTS = 64
+MAX_QUEUED_EVENTS = 128
+"""More than 32 clients, or 32 commands with a reset before each, and a stop."""
 
 
 class FileStore(Protocol):
@@ -126,6 +127,11 @@ class EventQueue:
             return False
         self._queue.append(entry)
         return True
+
+    @property
+    def ends_with_reset(self) -> bool:
+        """Whether the last event that nobody has taken yet is a reset: a second one would change nothing."""
+        return bool(self._queue) and self._queue[-1].event.kind is EventKind.RESET
 
     def wait(self, waiter: Callable[[QueuedEvent], None]) -> bool:
         """Have the next event delivered to `waiter`; False when somebody waits already."""

@@ -24,7 +24,15 @@ from svsm.abi.syscall import MAX_COMMAND_BYTES, MAX_FILE_BYTES, Endpoint, Event,
 from svsm.formats.errors import BackendError, PolicyError, ProtocolError, StateError, SvsmError
 from svsm.formats.tpm import EK_NAME_BYTES, MIN_COMMAND_BYTES, RC_COMMAND_SIZE, failure_response
 from svsm.kernel.events import EventLoop, Timer
-from svsm.kernel.objects import EventQueue, FileObject, FileStore, KernelObject, QueuedEvent, SinkObject
+from svsm.kernel.objects import (
+    MAX_QUEUED_EVENTS,
+    EventQueue,
+    FileObject,
+    FileStore,
+    KernelObject,
+    QueuedEvent,
+    SinkObject,
+)
 from svsm.kernel.processes import Process, ProcessTable
 
 __all__ = ["MAX_TPM_CLIENTS", "TpmService", "tpm_state_inode"]
@@ -33,6 +41,8 @@ MAX_TPM_CLIENTS = 32
 _MAX_WAITING = 32
 _COMMAND_DEADLINE_SECONDS = 120.0
 _STOP_DEADLINE_SECONDS = 5.0
+_START_DEADLINE_SECONDS = 30.0
+_MAX_LOG_LINES = 32
 _FIRST_DELAY_SECONDS = 0.05
 _MAX_DELAY_SECONDS = 10.0
 _HEALTHY_SECONDS = 60.0
@@ -88,6 +98,8 @@ class TpmService:
         self._released = False
         self._stopping: Callable[[], None] | None = None
         self._stop_timer: Timer | None = None
+        self._start_timer: Timer | None = None
+        self._log_lines_left = 0
         self._waiting: list[QueuedEvent] = []
         self._commands: dict[int, tuple[Callable[[bytes], None], Timer]] = {}
         self._next_command = 1
@@ -122,7 +134,13 @@ class TpmService:
         }
         parameters = {**self._parameters, "front": self.front, "start": "failed" if self._served else "fresh"}
         self._started_at = self._loop.now()
-        self._process = self._processes.start("vtpm", parameters, namespace, self._exited)
+        self._log_lines_left = _MAX_LOG_LINES
+        self._start_timer = self._loop.call_later(_START_DEADLINE_SECONDS, self._start_overdue)
+        try:
+            self._process = self._processes.start("vtpm", parameters, namespace, self._exited)
+        except SvsmError:
+            self._start_timer.cancel()
+            raise
 
     def release(self) -> None:
         """From now on answers may leave: deliver what has waited and what comes."""
@@ -210,9 +228,16 @@ class TpmService:
 
     def _push(self, entry: QueuedEvent) -> None:
         """Hand over what is for the service, or keep it until the service is ready and may answer."""
-        if self._ready and self._released and self._events.push(entry):
+        if self._ready and self._released:
+            if entry.event.kind is EventKind.RESET and self._events.ends_with_reset:
+                return
+            if not self._events.push(entry):
+                self._refuse(entry)
             return
-        if len(self._waiting) < _MAX_WAITING + MAX_TPM_CLIENTS:
+        last = self._waiting[-1].event.kind if self._waiting else None
+        if entry.event.kind is EventKind.RESET and last is EventKind.RESET:
+            return
+        if len(self._waiting) < MAX_QUEUED_EVENTS:
             self._waiting.append(entry)
         else:
             self._refuse(entry)
@@ -233,6 +258,8 @@ class TpmService:
         if self._ready or len(data) not in (0, EK_NAME_BYTES):
             raise ProtocolError("the TPM service announces what it should not", code="tpm-announce", got=len(data))
         self._ready = True
+        if self._start_timer is not None:
+            self._start_timer.cancel()
         self.ek_name = bytes(data) or None
         self._served = self._served or self._released
         # Soon, not now: what the callbacks of others raise is not this service's fault.
@@ -252,12 +279,19 @@ class TpmService:
             self._loop.call_soon(lambda: callback(response))
 
     def _log_line(self, data: bytes) -> None:
+        if self._log_lines_left == 0:  # a service that floods the log would use up the console, and the host's patience
+            return
+        self._log_lines_left -= 1
         text = data.decode("utf-8", "replace")
         self._log("".join(c if c.isprintable() else "?" for c in text))
 
     def _overdue(self) -> None:
         if self._process is not None:
             self._process.end(BackendError("the TPM service did not answer in time", code="tpm-overdue"))
+
+    def _start_overdue(self) -> None:
+        if self._process is not None and not self._ready:
+            self._process.end(BackendError("the TPM service did not start in time", code="tpm-start-overdue"))
 
     def _stop_overdue(self) -> None:
         if self._process is not None:
@@ -269,6 +303,8 @@ class TpmService:
         self._served = self._served or (self._ready and self._released)
         self._process = None
         self._ready = False
+        if self._start_timer is not None:
+            self._start_timer.cancel()
         left = self._events.drain()
         for entry in left:
             if entry.event.kind is not EventKind.RESET:

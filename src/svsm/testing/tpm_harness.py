@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""A TPM without the rest of the machine: plays kernel and host for one vTPM service, unconfined.
+"""A TPM without the rest of the machine: plays kernel and host for one vTPM service.
 
-    python -m svsm.testing.tpm_harness --state FILE [--unix PATH] [--tcp PORT] [--mssim PORT]
+    python -m svsm.testing.tpm_harness --state FILE [--unix PATH] [--tcp PORT] [--mssim PORT] [--confined]
 
-The event loop, the process table, the syscalls and the service are the real ones; missing are measurement,
-confinement and the encrypted volume: the state lies in FILE, in the clear. For tests and measurements only.
+The event loop, the process table, the syscalls and the service are the real ones; missing is the
+encrypted volume: the state lies in FILE, in the clear. Without --confined the service runs from the Python path, as any
+process does. For tests and measurements only.
 
 Listens on PATH and PATH.ctrl (Unix), PORT and PORT+1 (TCP): data and control, as swtpm's clients expect it; --mssim:
-PORT data, PORT+1 platform. Prints one JSON line when the TPM is ready, and one each time its process ends.
+PORT data, PORT+1 platform. Prints one JSON line when the TPM is ready.
 SIGTERM ends in order, SIGUSR1 makes every later store fail, SIGUSR2 makes stores work again.
 """
 
@@ -87,6 +88,22 @@ def spawn_unconfined(children: list[subprocess.Popen[bytes]]) -> Callable[[str, 
     return spawn
 
 
+def spawn_confined() -> Callable[[str, Mapping[str, str]], socket.socket]:
+    """A spawn function that runs the service as a boot does: out of a measured payload, locked down."""
+    from svsm.hardware.spawn import sealed_memfd, spawn_service
+    from svsm.launch.payload import ENTRIES, build_payload
+
+    payload = build_payload(entries={"vtpm": ENTRIES["vtpm"]})
+    archive = sealed_memfd("payload:archive", payload.archive)
+
+    def spawn(service: str, parameters: Mapping[str, str]) -> socket.socket:
+        process, kernel_end = spawn_service(archive, service, parameters, loader_text=payload.loader)
+        os.close(process.descriptor)
+        return kernel_end
+
+    return spawn
+
+
 class Harness:
     """One TPM service with its kernel and host, in this thread.
 
@@ -94,12 +111,21 @@ class Harness:
         store: Where the state goes.
         front: ``socket`` or ``svsm``.
         release: Let answers leave at once.
+        confined: Run the service out of a measured payload; `children` stays empty then.
     """
 
-    def __init__(self, store: FileStore, *, front: Literal["socket", "svsm"] = "socket", release: bool = True) -> None:
+    def __init__(
+        self,
+        store: FileStore,
+        *,
+        front: Literal["socket", "svsm"] = "socket",
+        release: bool = True,
+        confined: bool = False,
+    ) -> None:
         self.loop = EventLoop()
         self.children: list[subprocess.Popen[bytes]] = []
-        self.processes = ProcessTable(self.loop, spawn_unconfined(self.children))
+        spawn = spawn_confined() if confined else spawn_unconfined(self.children)
+        self.processes = ProcessTable(self.loop, spawn)
         self.lines: list[str] = []
         self.ready_names: list[bytes | None] = []
         self.refused: list[str] = []
@@ -188,9 +214,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tcp", type=int)
     parser.add_argument("--mssim", type=int)
     parser.add_argument("--fsync", action="store_true")
+    parser.add_argument("--confined", action="store_true")
     options = parser.parse_args(arguments)
     store = PathFileStore(options.state, fsync=options.fsync)
-    harness = Harness(store)
+    harness = Harness(store, confined=options.confined)
     wake, woken = socket.socketpair()
     woken.setblocking(False)
     signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
@@ -213,7 +240,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.mssim:
         harness.listen_tcp(options.mssim, Endpoint.PLATFORM)
     name = harness.tpm.ek_name
-    _say(event="ready", ek_name=name.hex() if name else None, service_pid=harness.children[-1].pid)
+    pid = harness.children[-1].pid if harness.children else None
+    _say(event="ready", ek_name=name.hex() if name else None, service_pid=pid)
     harness.loop.run()
     harness.close()
     return 0

@@ -14,7 +14,15 @@ from svsm.abi import syscall
 from svsm.abi.syscall import Call, Event, EventKind, FrameHeader, FrameReader, Reply, Request, Status
 from svsm.formats.errors import BackendError, SvsmError
 from svsm.kernel.events import EventLoop
-from svsm.kernel.objects import EventQueue, FileObject, KernelObject, MemoryFileStore, QueuedEvent, SinkObject
+from svsm.kernel.objects import (
+    MAX_QUEUED_EVENTS,
+    EventQueue,
+    FileObject,
+    KernelObject,
+    MemoryFileStore,
+    QueuedEvent,
+    SinkObject,
+)
 from svsm.kernel.processes import Process, ProcessTable
 
 
@@ -186,7 +194,7 @@ def test_events_are_queued_waited_for_and_answered(service: Service) -> None:
 
 def test_the_queue_is_bounded(service: Service) -> None:
     pushed = sum(service.events.push(QueuedEvent(Event(EventKind.RESET))) for _ in range(1000))
-    assert pushed == 64
+    assert pushed == MAX_QUEUED_EVENTS
 
 
 def test_a_connection_arrives_with_its_descriptor_and_a_handle_that_counts_it(service: Service) -> None:
