@@ -177,7 +177,7 @@ def test_pcrs_of_an_earlier_guest_cannot_be_resumed(make: Callable[[], Tpm], sto
     first = _started(make)
     assert _code(first.execute(tpm.shutdown(tpm.SU_STATE))) == 0
     saved = store.contents
-    first.power_off(orderly=True)  # the guest's own Shutdown stands; ours would discard it
+    first.power_off(orderly=False)  # killed: nobody could discard it
     assert store.contents == saved
     crashed = make()
     crashed.prepare(new_guest=False)
@@ -191,6 +191,15 @@ def test_pcrs_of_an_earlier_guest_cannot_be_resumed(make: Callable[[], Tpm], sto
     assert _code(second.execute(tpm.startup(tpm.SU_STATE))) != 0
     assert _code(second.execute(tpm.startup())) == 0
     second.power_off(orderly=True)
+
+
+def test_an_orderly_end_discards_what_the_guest_saved(make: Callable[[], Tpm]) -> None:
+    first = _started(make)
+    assert _code(first.execute(tpm.shutdown(tpm.SU_STATE))) == 0
+    first.power_off(orderly=True)
+    first.power_on(startup=False)  # CMD_SHUTDOWN, then CMD_INIT for the next guest
+    assert _code(first.execute(tpm.startup(tpm.SU_STATE))) != 0
+    first.power_off(orderly=False)
 
 
 def test_after_change_eps_the_name_is_computed_anew(make: Callable[[], Tpm]) -> None:

@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -408,3 +409,34 @@ def test_an_orderly_stop_shuts_the_tpm_down_and_sigterm_too(store: MemoryFileSto
         harness.close()
         assert child.wait(5) == 0
         assert store.replacements > stores  # TPM2_Shutdown stores
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_clients_do_not_bring_the_service_down(machine: Machine, seed: int) -> None:
+    random = Random(seed)
+    pid = machine.service_pid()
+    for _ in range(60):
+        endpoint = random.choice(list(Endpoint))
+        with machine.client(endpoint) as client:
+            for _ in range(random.randrange(1, 6)):
+                body = random.randbytes(random.choice((0, 1, 4, 8, 60, 5000)))
+                if endpoint is Endpoint.CONTROL:
+                    body = _word(random.randrange(0, 22)) + body
+                elif endpoint is Endpoint.DATA:
+                    size = random.choice((len(body) + 10, 12, 4096, 70000))
+                    body = (
+                        random.choice((b"\x80\x01", b"\x80\x02", b"\0\xc1", b"\0\0"))
+                        + _word(size)
+                        + _word(0x17B)
+                        + body
+                    )
+                try:
+                    client.sendall(body)
+                except OSError:
+                    break
+    with machine.client(Endpoint.CONTROL) as control, machine.client(Endpoint.DATA) as client:
+        assert _control(control, Control.INIT, _word(0))[0] == 0
+        assert tpm.response_code(_ask(client, tpm.startup())) == 0
+        assert len(_ask(client, GET_RANDOM)) == 28
+    assert machine.service_pid() == pid
+    assert machine.harness.tpm.restarts == 0

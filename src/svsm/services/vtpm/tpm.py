@@ -8,7 +8,8 @@
 
 **PCR lifetime.** PCRs start anew only together with the guest. `prepare` therefore also drops what an earlier guest
 saved with TPM2_Shutdown(STATE): a new guest could otherwise resume another one's PCRs with TPM2_Startup(STATE). For
-the same reason the orderly shutdown that svsm itself makes is CLEAR, never STATE: it comes at the end of a guest.
+the same reason the orderly shutdown that svsm itself makes is CLEAR, never STATE: it comes at the end of a guest, and
+it replaces a STATE that the guest saved for a resume within its life.
 A TPM that is not powered on, or whose store failed, answers TPM_RC_FAILURE to everything.
 
 **The EK name** is computed by a second, throw-away start of the same state whose stores go nowhere, so that the
@@ -152,7 +153,7 @@ class Tpm:
         if library.failure is not None or not response:
             self._fail()
             return _FAILURE
-        self._shut_down = code == _SHUTDOWN and response[6:10] == _SUCCESS
+        self._shut_down = code == _SHUTDOWN and command[10:] == _CLEAR and response[6:10] == _SUCCESS
         return response
 
     def _fail(self) -> None:
@@ -283,4 +284,5 @@ class Tpm:
 
 _CHANGE_EPS = commands.CC_CHANGE_EPS.to_bytes(4, "big")
 _SHUTDOWN = commands.CC_SHUTDOWN.to_bytes(4, "big")
+_CLEAR = commands.SU_CLEAR.to_bytes(2, "big")
 _SUCCESS = commands.RC_SUCCESS.to_bytes(4, "big")
