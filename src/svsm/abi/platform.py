@@ -135,6 +135,17 @@ class Platform(Protocol):
     def next_device(self) -> Device | None:
         """The oldest device that the host has handed over, or None. `fileno` polls readable when one arrives."""
 
+    def take_interrupt(self) -> bool:
+        """Whether the host has interrupted the guest since the last call (a halted vCPU may go on then)."""
+
+    @property
+    def shutdown_asked(self) -> bool:
+        """Whether the host asks the VM to end in order."""
+
+    @property
+    def host_gone(self) -> bool:
+        """Whether the host has hung up: nothing more will come from it."""
+
     def wait(self, *, deadline: float) -> bool:
         """Wait until there is an event, or `deadline` (`time.monotonic`) has passed; False then."""
 

@@ -136,6 +136,21 @@ class Hypervisor:
             return
         self._queue(message.pack(), device.descriptor)
 
+    def interrupt(self) -> None:
+        """Wake the guest's vCPU if it has halted. May be called from another thread."""
+        self._send_at_once(ghcb.HostMessage.INTERRUPT)
+
+    def shutdown(self) -> None:
+        """Press the power button. May be called from another thread."""
+        self._send_at_once(ghcb.HostMessage.SHUTDOWN)
+
+    def _send_at_once(self, kind: ghcb.HostMessage) -> None:
+        kernel = self._kernel
+        if kernel is not None:
+            # A full channel means that the kernel has other things to read first, and then finds the guest's work.
+            with contextlib.suppress(OSError):
+                kernel.send(Message(kind).pack())
+
     # ---- the loop ------------------------------------------------------------------------------------------------
 
     def serve(self) -> HypervisorEnd:

@@ -162,11 +162,25 @@ class HostPort:
         self._waiting: dict[int, Message | None] = {}
         self._devices: collections.deque[Device] = collections.deque()
         self._nonsense = 0
+        self._interrupt = False
+        self._shutdown_seen = True
+        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._event_set = False
+        self.shutdown_asked = False
+        """The operator wants the machine to end."""
         self.closed = False
 
     def fileno(self) -> int:
         """Readable when the host has said something."""
         return self._sock.fileno()
+
+    @property
+    def event(self) -> int:
+        """A descriptor that is readable while something that was taken in waits to be looked at.
+
+        A wait for an answer takes in whatever comes before it; without this the rest would lie here unnoticed.
+        """
+        return self._event
 
     def start(self, exit_code: int, *arguments: int, deadline: float) -> int:
         """Send a GHCB exit (info 1, info 2, RAX, RBX); its number.
@@ -197,6 +211,7 @@ class HostPort:
         answer = self._waiting.get(number)
         if answer is not None:
             del self._waiting[number]
+            self._signal()
         elif self.closed:
             raise self._gone("hung up")
         return answer
@@ -221,17 +236,47 @@ class HostPort:
     def next_device(self) -> Device | None:
         """The oldest device that waits, or None."""
         self.drain()
-        return self._devices.popleft() if self._devices else None
+        device = self._devices.popleft() if self._devices else None
+        self._signal()
+        return device
+
+    def take_interrupt(self) -> bool:
+        """Whether the host has interrupted the guest since the last call; several count as one."""
+        self.drain()
+        interrupt, self._interrupt = self._interrupt, False
+        self._signal()
+        return interrupt
+
+    def look_for_shutdown(self) -> bool:
+        """Whether the host has asked for the end."""
+        self.drain()
+        self._shutdown_seen = True
+        self._signal()
+        return self.shutdown_asked
 
     def close(self) -> None:
         """Hang up, and close devices that nobody has taken."""
         self.closed = True
         self._sock.close()
+        os.close(self._event)
         _close([device.descriptor for device in self._devices])
         self._devices.clear()
 
     def drain(self) -> None:
         """Take in what has arrived, at most a batch; never blocks, never raises for what the host says."""
+        self._take_batch()
+        self._signal()
+
+    def _signal(self) -> None:
+        answered = any(answer is not None for answer in self._waiting.values())
+        wanted = bool(self._devices) or self._interrupt or answered or not self._shutdown_seen
+        if wanted and not self._event_set:
+            os.eventfd_write(self._event, 1)
+        elif not wanted and self._event_set:
+            os.eventfd_read(self._event)
+        self._event_set = wanted
+
+    def _take_batch(self) -> None:
         for _ in range(_MAX_BATCH):
             if self.closed:
                 return
@@ -260,6 +305,11 @@ class HostPort:
             # An answer that nobody waits for is late or invented; either way it is nothing.
             if message.identifier in self._waiting:
                 self._waiting[message.identifier] = message
+            return
+        if message.kind in (ghcb.HostMessage.INTERRUPT, ghcb.HostMessage.SHUTDOWN) and not descriptors:
+            self._interrupt = self._interrupt or message.kind == ghcb.HostMessage.INTERRUPT
+            if message.kind == ghcb.HostMessage.SHUTDOWN and not self.shutdown_asked:
+                self.shutdown_asked, self._shutdown_seen = True, False
             return
         kind, index, port, *_ = message.arguments
         known = message.kind == ghcb.HostMessage.DEVICE and kind in _DEVICES

@@ -103,6 +103,7 @@ class SimulatedPlatform:
         self._poll = select.epoll()
         self._poll.register(self._instructions, select.EPOLLIN)
         self._poll.register(self._host, select.EPOLLIN)
+        self._poll.register(self._host.event, select.EPOLLIN)
         self._host_seconds = host_seconds
         self._end = end
         self._rights: dict[int, tuple[Permission, bool]] = {}
@@ -313,6 +314,15 @@ class SimulatedPlatform:
     def next_device(self) -> Device | None:
         """See `Platform`."""
         return self._host.next_device()
+
+    def take_interrupt(self) -> bool:
+        """See `Platform`."""
+        return self._host.take_interrupt()
+
+    @property
+    def shutdown_asked(self) -> bool:
+        """See `Platform`."""
+        return self._host.look_for_shutdown()
 
     @property
     def host_gone(self) -> bool:

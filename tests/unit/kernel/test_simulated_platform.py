@@ -350,6 +350,37 @@ def test_devices_arrive_in_order() -> None:
     os.close(write)
 
 
+def test_a_device_that_came_during_a_wait_for_an_answer_is_announced() -> None:
+    with running_machine() as machine:
+        read, write = os.pipe()
+        send(machine, Message(ghcb.HostMessage.DEVICE, (3, 0, 0)).pack(), [read])
+        os.close(read)
+        machine.platform.report(DATA)
+        for _ in range(2):
+            assert machine.platform.wait(deadline=time.monotonic())
+        device = machine.platform.next_device()
+        assert device is not None
+        os.close(device.descriptor)
+        os.close(write)
+        assert not machine.platform.wait(deadline=time.monotonic())
+
+
+def test_interrupt_and_shutdown() -> None:
+    with running_machine() as machine:
+        platform = machine.platform
+        assert not platform.take_interrupt()
+        for _ in range(3):
+            machine.as_host(lambda host: host.interrupt())
+        machine.as_host(lambda host: host.shutdown())
+        assert platform.wait(deadline=time.monotonic())
+        assert platform.take_interrupt()
+        assert not platform.take_interrupt()
+        assert platform.wait(deadline=time.monotonic())
+        assert platform.shutdown_asked
+        assert platform.shutdown_asked
+        assert not platform.wait(deadline=time.monotonic())
+
+
 @pytest.mark.parametrize(
     "message",
     [

@@ -55,6 +55,10 @@ class HostMessage(enum.IntEnum):
     """From the kernel: exit code, info 1, info 2, RAX, RBX. Answer: info 1, info 2, RBX."""
     DEVICE = 0x402
     """From the host, one descriptor: `DeviceKind`, index (which TPM or disk), port (0 control or only, 1 data)."""
+    INTERRUPT = 0x403
+    """From the host: wake the guest's vCPU if it has halted. No arguments, no answer."""
+    SHUTDOWN = 0x404
+    """From the host: the operator presses the power button; the kernel ends in order. No arguments, no answer."""
 
 
 class DeviceKind(enum.IntEnum):
