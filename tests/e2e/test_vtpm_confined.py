@@ -14,10 +14,10 @@ from svsm.abi.syscall import Endpoint, Transport
 from svsm.formats import tpm
 from svsm.hardware.spawn import Process, sealed_memfd, spawn_service
 from svsm.kernel.events import EventLoop
-from svsm.kernel.objects import MemoryFileStore
 from svsm.kernel.processes import ProcessTable
 from svsm.kernel.tpm import TpmService
 from svsm.launch.payload import ENTRIES, Payload, build_payload
+from svsm.testing.file_store import MemoryFileStore
 from tests.unit.services.test_vtpm_library import library
 
 pytestmark = pytest.mark.e2e

@@ -29,7 +29,6 @@ __all__ = [
     "FileObject",
     "FileStore",
     "KernelObject",
-    "MemoryFileStore",
     "QueuedEvent",
     "SinkObject",
 ]
@@ -50,26 +49,6 @@ class FileStore(Protocol):
         `done(None)` is called exactly once when they are durable, `done(error)` when it failed (and then whether
         they were replaced is unknown); perhaps before this returns.
         """
-
-
-class MemoryFileStore:
-    """A `FileStore` in memory, for tests and harnesses; `fail` makes every later replacement fail."""
-
-    def __init__(self) -> None:
-        self.files: dict[int, bytes] = {}
-        self.replacements = 0
-        self.fail: SvsmError | None = None
-
-    def read(self, inode: int) -> bytes | None:
-        """See `FileStore`."""
-        return self.files.get(inode)
-
-    def replace_many(self, changes: Mapping[int, bytes], done: Callable[[SvsmError | None], None]) -> None:
-        """See `FileStore`."""
-        if self.fail is None:
-            self.files.update(changes)
-            self.replacements += 1
-        done(self.fail)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -19,11 +19,11 @@ from svsm.kernel.objects import (
     EventQueue,
     FileObject,
     KernelObject,
-    MemoryFileStore,
     QueuedEvent,
     SinkObject,
 )
 from svsm.kernel.processes import Process, ProcessTable
+from svsm.testing.file_store import MemoryFileStore
 
 
 class SlowStore(MemoryFileStore):

@@ -14,12 +14,13 @@ from svsm.abi.syscall import Call, Endpoint, Event, EventKind, FrameReader, Repl
 from svsm.formats import tpm
 from svsm.formats.errors import BackendError, PolicyError, ProtocolError, StateError
 from svsm.kernel.events import EventLoop
-from svsm.kernel.objects import MAX_QUEUED_EVENTS, MemoryFileStore
+from svsm.kernel.objects import MAX_QUEUED_EVENTS
 from svsm.kernel.processes import ProcessTable
 from svsm.kernel.tpm import MAX_TPM_CLIENTS, TpmService, tpm_state_inode
 
 NAME = b"\x00\x0b" + bytes(32)
 COMMAND = tpm.get_random(8)
+from svsm.testing.file_store import MemoryFileStore
 
 
 class Clock:

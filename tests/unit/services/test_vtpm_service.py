@@ -17,8 +17,8 @@ from svsm.abi.syscall import Endpoint, Transport
 from svsm.formats import tpm
 from svsm.formats.errors import BackendError, PolicyError, SvsmError
 from svsm.formats.swtpm import Control
-from svsm.kernel.objects import MemoryFileStore
 from svsm.kernel.tpm import MAX_TPM_CLIENTS, tpm_state_inode
+from svsm.testing.file_store import MemoryFileStore
 from svsm.testing.tpm_harness import Harness
 from tests.unit.services.test_vtpm_library import library
 
