@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""The honest host: launching, parameters, devices from listening sockets, the end of a VM as it sees it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from svsm.abi.platform import Device, DeviceKind
+from svsm.formats.errors import FormatError, ProtocolError, SvsmError
+from svsm.formats.igvm import HeaderType, IgvmBuilder, IgvmFile, PlatformType
+from svsm.formats.snp.firmware_status import FirmwareStatus
+from svsm.formats.snp.page_info import KVM_VMSA_GPA
+from svsm.formats.snp.vmsa import Vmsa
+from svsm.hardware.machine import run_hardware
+from svsm.hardware.memory import PhysicalMemory
+from svsm.hardware.rmp import Home
+from svsm.host.hypervisor import Listener, run_hypervisor
+from svsm.host.launcher import configuration_area
+from svsm.launch.digest import launch_digest
+from svsm.testing.machine_harness import RunningMachine, running_machine, small_image, throwaway_chip
+
+POLICY = 0x3_0000
+
+
+def builder(policy: int = POLICY) -> IgvmBuilder:
+    made = IgvmBuilder()
+    made.platform(PlatformType.SEV_SNP)
+    made.policy(policy)
+    return made
+
+
+def with_start(made: IgvmBuilder) -> bytes:
+    made.pages(0x1_0000, b"pass\n")
+    made.page(0x1000)
+    made.vp_context(KVM_VMSA_GPA, Vmsa(efer=0x1000, rip=0x1_0000, rcx=5, rbx=0x1000, rsi=0x1000).pack(), vp_index=0)
+    return made.finish().pack()
+
+
+def wait_for_device(machine: RunningMachine) -> Device:
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        machine.platform.wait(deadline=deadline)
+        if (device := machine.platform.next_device()) is not None:
+            return device
+    raise AssertionError("no device came")
+
+
+def test_host_data_is_the_digest_of_the_configuration() -> None:
+    configuration = b'{"name":"vm","version":1}'
+    with running_machine(configuration=configuration) as machine:
+        assert machine.launched.host_data == hashlib.sha256(configuration).digest()
+        area = machine.platform.read(0x4000, 0x4000)  # type: ignore[arg-type]
+    assert area == configuration_area(configuration, 0x4000)
+    assert area[:4] == len(configuration).to_bytes(4, "little")
+    assert machine.events[0] == (
+        "launched",
+        {"digest": machine.launched.digest.hex(), "host_data": machine.launched.host_data.hex()},
+    )
+
+
+def test_the_configuration_is_not_measured() -> None:
+    digests = set()
+    for configuration in (b"{}", b'{"other":1}'):
+        with running_machine(configuration=configuration) as machine:
+            digests.add(machine.launched.digest)
+    assert digests == {launch_digest(IgvmFile.parse(small_image()))}
+
+
+@pytest.mark.parametrize(("length", "fits"), [(0x4000 - 4, True), (0x4000 - 3, False)])
+def test_the_configuration_must_fit_its_area(length: int, fits: bool) -> None:
+    assert fits == (len(b"x" * length) + 4 <= 0x4000)
+    if fits:
+        assert len(configuration_area(b"x" * length, 0x4000)) == 0x4000
+    else:
+        with pytest.raises(FormatError) as error:
+            configuration_area(b"x" * length, 0x4000)
+        assert error.value.code == "host-configuration"
+
+
+def test_parameters_that_the_loader_fills() -> None:
+    made = builder()
+    made.parameter_area(0, 0x1000)
+    made.parameter(HeaderType.VP_COUNT, index=0, byte_offset=0)
+    made.parameter(HeaderType.ENVIRONMENT_INFO, index=0, byte_offset=4)
+    made.parameter_insert(0x4000, index=0)
+    with running_machine(with_start(made)) as machine:
+        assert machine.machine.memory.read(Home.PRIVATE, 0x4000, 12) == bytes([1]) + bytes(11)
+
+
+@pytest.mark.parametrize("kind", [HeaderType.MADT, HeaderType.MEMORY_MAP, HeaderType.DEVICE_TREE])
+def test_parameters_that_it_does_not_have(kind: HeaderType) -> None:
+    made = builder()
+    made.parameter_area(0, 0x1000)
+    made.parameter(kind, index=0, byte_offset=0)
+    made.parameter_insert(0x4000, index=0)
+    with pytest.raises(ProtocolError) as error, running_machine(with_start(made)):
+        pass
+    assert error.value.code == "host-parameter"
+
+
+def test_an_image_for_memory_that_the_machine_does_not_have() -> None:
+    made = builder()
+    made.page(0x2000_0000, b"x" * 4096)
+    with pytest.raises(ProtocolError) as error, running_machine(with_start(made)):
+        pass
+    assert error.value.details["status"] == FirmwareStatus.INVALID_ADDRESS
+
+
+def test_an_image_with_a_policy_that_the_platform_does_not_keep() -> None:
+    with pytest.raises(ProtocolError) as error, running_machine(with_start(builder(POLICY | 1 << 22))):
+        pass
+    assert error.value.details["status"] == FirmwareStatus.POLICY_FAILURE
+
+
+def test_clients_of_listening_sockets_are_handed_over(tmp_path: Path) -> None:
+    listeners = []
+    for index, port in ((0, 0), (0, 1), (1, 0)):
+        sock = socket.socket(socket.AF_UNIX)
+        sock.bind(str(tmp_path / f"{index}.{port}"))
+        sock.listen()
+        listeners.append(Listener(sock, index, port))
+    with running_machine(listeners=listeners) as machine:
+        for index, port in ((1, 0), (0, 1), (0, 0)):
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(str(tmp_path / f"{index}.{port}"))
+                device = wait_for_device(machine)
+                assert (device.kind, device.index, device.port) == (DeviceKind.CLIENT, index, port)
+                with socket.socket(fileno=device.descriptor) as connection:
+                    client.sendall(b"command")
+                    assert connection.recv(16) == b"command"
+
+
+def test_the_main_functions_together() -> None:
+    """`run_hardware` and `run_hypervisor` as a boot calls them; an image whose start is refused ends both."""
+    made = builder()
+    made.page(0x1000, b"x" * 4096)
+    image = made.finish().pack()  # no VMSA
+    memory = PhysicalMemory()
+    host_side, hardware_side = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    host_kernel, kernel_host = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    names = {home.value: os.dup(descriptor) for home, descriptor in memory.descriptors.items()}
+    reasons: list[object] = []
+    hardware = threading.Thread(
+        target=lambda: reasons.append(
+            run_hardware(
+                hardware_side,
+                None,
+                throwaway_chip(),
+                None,  # type: ignore[arg-type]
+                memory=names,
+                kernel_descriptors={"host": kernel_host.detach()},
+            )
+        )
+    )
+    hardware.start()
+    with pytest.raises(SvsmError) as error, host_kernel:
+        run_hypervisor(host_side, host_kernel, memory.descriptors[Home.SHARED], image, configuration=b"{}")
+    assert error.value.code == "host-no-vmsa"
+    hardware.join(10)
+    assert len(reasons) == 1
+    for descriptor in names.values():
+        os.close(descriptor)
+    memory.close()
