@@ -17,10 +17,10 @@ from svsm.kernel.events import EventLoop
 from svsm.kernel.objects import MAX_QUEUED_EVENTS
 from svsm.kernel.processes import ProcessTable
 from svsm.kernel.tpm import MAX_TPM_CLIENTS, TpmService, tpm_state_inode
+from svsm.testing.file_store import MemoryFileStore
 
 NAME = b"\x00\x0b" + bytes(32)
 COMMAND = tpm.get_random(8)
-from svsm.testing.file_store import MemoryFileStore
 
 
 class Clock:
