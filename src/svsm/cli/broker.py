@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import signal
 import socket
 import sys
@@ -105,11 +106,32 @@ def _open(arguments: argparse.Namespace, *, must_exist: bool) -> Iterator[Broker
             hint="name it with --state, or make one with: svsm broker volume create",
             path=str(folder),
         )
-    broker = Broker.open(folder)
+    broker = Broker.open(_as_owner(folder))
     try:
         yield broker
     finally:
         broker.close()
+
+
+def _as_owner(folder: Path) -> Path:
+    """Become the user whom the folder belongs to, where root calls; the folder's path from then on.
+
+    `svsm boot`, started by root, gives its broker a uid of its own. Whatever is made in there must stay that user's,
+    and the folders above are closed to it: so this process enters the folder for good. Everything is imported before.
+    """
+    if os.geteuid() != 0 or not folder.exists() or (owner := folder.stat()).st_uid == 0:
+        return folder
+    try:
+        os.chroot(folder)
+        os.chdir("/")
+        os.setgroups([])
+        os.setresgid(owner.st_gid, owner.st_gid, owner.st_gid)
+        os.setresuid(owner.st_uid, owner.st_uid, owner.st_uid)
+    except OSError as error:
+        raise BackendError(
+            f"cannot become the broker's user: {error.strerror}", code="broker-user", errno=error.errno
+        ) from None
+    return Path("/")
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -161,9 +183,9 @@ def _key(arguments: argparse.Namespace) -> int:
 def _create(arguments: argparse.Namespace) -> int:
     configuration = _configuration(arguments)
     allowed = [_digest(text) for text in arguments.allow]
+    if arguments.output is not None:
+        _write_new(arguments.output, configuration.to_json())
     with _open(arguments, must_exist=False) as broker:
-        if arguments.output is not None:
-            _write_new(arguments.output, configuration.to_json())
         row = broker.create_volume(configuration, root=arguments.root, allowed=allowed)
         _print_volumes([_facts(broker, row)], as_json=arguments.json, key="volume")
     return 0

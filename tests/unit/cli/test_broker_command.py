@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,3 +102,43 @@ def test_what_is_refused(words: list[str], code: str, state: str, capsys: pytest
     position = 2 if words[0] == "volume" else 1
     assert svsm(*words[:position], "--state", state, *words[position:]) == 1
     assert f"[{code}]" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a broker a user of its own")
+def test_root_works_on_the_state_of_a_broker_that_has_its_own_user(tmp_path: Path) -> None:
+    """As `svsm boot` leaves it: the folder is the role's, the folders above are root's and closed."""
+    state = tmp_path / "state"
+
+    def command(*words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "svsm.cli.main", "broker", *words, "--state", str(state)],
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    command("volume", "create", "--root", ROOT, "--name", "vm1")
+    uid = 1398147072
+    for path in (state / "broker", *(state / "broker").iterdir()):
+        os.chown(path, uid, uid)
+    assert command("volume", "allow", "vm1", DIGEST) == "allowed\n"
+    assert DIGEST in command("volume", "show", "--json")
+    command("volume", "create", "--root", ROOT, "--name", "vm2", "--output", str(tmp_path / "launch.json"))
+    assert len(json.loads(command("audit", "--json"))["lines"]) == 3
+    assert "PUBLIC KEY" in command("key")
+    assert {path.stat().st_uid for path in (state / "broker").rglob("*")} == {uid}
+    with subprocess.Popen(
+        [sys.executable, "-m", "svsm.cli.main", "broker", "serve", "--state", str(state)],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as serving:
+        assert serving.stdout is not None
+        host, _, port = serving.stdout.readline().strip().removeprefix("http://").partition(":")
+        client = http.client.HTTPConnection(host, int(port), timeout=10)
+        client.request("POST", "/kbs/v0/auth", b'{"version":"0.4.0","tee":"snp","extra-params":""}')
+        assert client.getresponse().status == 200
+        client.close()
+        serving.terminate()
+        assert serving.wait(timeout=10) == 0
