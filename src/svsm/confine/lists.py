@@ -131,7 +131,9 @@ _RUNTIME = (
         _calls("tgkill kill"), "signals to itself: abort() and raise()", Condition(0, Test.OWN_PROCESS, (), errno.EPERM)
     ),
     Allow(_calls("rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack restart_syscall"), "its own signal handlers"),
-    Allow(_calls("getpid gettid getppid getuid geteuid getgid getegid"), "who it is; the parent check"),
+    Allow(
+        _calls("getpid gettid getppid getuid geteuid getgid getegid getresuid getresgid"), "who it is; the parent check"
+    ),
     Allow(_calls("getrusage times sysinfo sched_getaffinity uname"), "time, memory and processors used and present"),
     Allow(
         _calls("prlimit64"),
@@ -160,7 +162,7 @@ _FILES = (
     Allow(_calls("open openat"), "its own files; which, Landlock says"),
     Allow(_calls("stat lstat newfstatat statx access faccessat faccessat2"), "looking at its own files"),
     Allow(_calls("readlink readlinkat getcwd getdents64 statfs fstatfs fadvise64"), "looking at its own files"),
-    Allow(_calls("unlink unlinkat rename renameat renameat2 mkdir mkdirat rmdir"), "changing its own folder"),
+    Allow(_calls("unlink unlinkat link rename renameat renameat2 mkdir mkdirat rmdir"), "changing its own folder"),
     Allow(_calls("fchmod fchown chmod fchmodat umask utimensat"), "modes of its own files and sockets"),
 )
 
@@ -184,7 +186,7 @@ _START_PROCESSES = (
     Allow(_calls("arch_prctl prctl seccomp prlimit64 setrlimit getrlimit"), "the started program confines itself"),
     Allow(_calls("landlock_create_ruleset landlock_add_rule landlock_restrict_self"), "the same"),
     Allow(_calls("setresuid setresgid setgroups setuid setgid capget capset"), "each role gets its own uid"),
-    Allow(_calls("getresuid getresgid getgroups setsid close_range socketpair"), "the start of a program"),
+    Allow(_calls("getgroups setsid close_range socketpair"), "the start of a program"),
     Allow(_calls("fcntl ioctl"), "the start of a program: seals, terminal questions"),
 )
 
@@ -203,7 +205,8 @@ ROLES: dict[Role, tuple[Allow, ...]] = {
             Condition(0, Test.ONE_OF, (_AF_UNIX,)),
         ),
     ),
-    Role.SPAWNER: _RUNTIME + _MESSAGES + _FILES + _START_PROCESSES,
+    # What it starts inherits its list, so theirs must be in it.
+    Role.SPAWNER: _RUNTIME + _MESSAGES + _FILES + _DISK + _START_PROCESSES,
     Role.VCPU: _RUNTIME + _EXEC_MEMORY + _MESSAGES,
     Role.HOST: _RUNTIME + _NO_EXEC + _MESSAGES + _DISK + _FILES + _NETWORK,
     Role.PROXY: _RUNTIME + _NO_EXEC + _MESSAGES + _FILES + _NETWORK,
@@ -215,7 +218,7 @@ _HARMLESS = (
     Refuse(_calls("openat2 statx"), errno.ENOSYS, "libraries then fall back to the older call, which is judged"),
     Refuse(_calls("open openat creat"), errno.EACCES, "tracebacks look for source, libraries for configuration"),
     Refuse(_calls("stat lstat access faccessat faccessat2"), errno.EACCES, "the same"),
-    Refuse(_calls("readlink readlinkat getcwd"), errno.EACCES, "the same"),
+    Refuse(_calls("readlink readlinkat getcwd statfs"), errno.EACCES, "the same; libffi asks whether SELinux is there"),
     Refuse(_calls("sched_setaffinity memfd_create"), errno.EPERM, "libraries that can do without ask for it"),
 )
 

@@ -258,7 +258,7 @@ class Spawner:
         return self._channel.fileno()
 
     def close(self) -> None:
-        """End the spawner and everything that it started."""
+        """End the spawner and everything that it started. Closing twice is fine."""
         self._channel.close()
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self.pid, 0)

@@ -378,7 +378,7 @@ def _check_modules(finder: PayloadFinder) -> None:
             continue
         if isinstance(origin, str) and finder.find_spec(name) is not None:
             continue  # encodings and its like, read before this text ran; the source's hash was checked
-        if spec is None and not (isinstance(module, ModuleType) and hasattr(module, "__file__")):
+        if spec is None and not hasattr(module, "__file__"):
             continue  # made by code of the payload: typing.io, the inner modules of _rust
         raise Refusal("payload-mapping", f"module {name} comes from {origin}")
 

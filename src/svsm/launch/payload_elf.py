@@ -75,12 +75,12 @@ def _read(data: bytes) -> Elf:
     strings = next((value for tag, value in entries if tag == _DT_STRTAB), None)
     if strings is None:
         return Elf(None, (), ())
-    base = next(
-        strings - address + offset for address, offset, length in loads if address <= strings < address + length
-    )
+    bases = [strings - address + offset for address, offset, size in loads if address <= strings < address + size]
+    if not bases:
+        raise FormatError("a shared object's names are outside of it", code="payload-elf")
 
     def text(offset: int) -> str:
-        start = base + offset
+        start = bases[0] + offset
         return data[start : data.index(b"\0", start)].decode()
 
     named = {tag: text(value) for tag, value in entries if tag in (_DT_SONAME, _DT_RPATH, _DT_RUNPATH)}

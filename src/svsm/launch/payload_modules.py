@@ -3,14 +3,15 @@
 
 The import closure is static: imports are read from the syntax tree. svsm's own modules count with every import they
 contain (inside functions too); of the standard library and the third-party packages only what runs at import time
-counts, plus `_HIDDEN`, which names what compiled or lazy code asks for by itself. Blocks under `TYPE_CHECKING` do not
-count. That way a change in a module that the kernel doesn't use cannot change a launch digest.
+counts, plus `_HIDDEN`, which names what compiled or lazy code asks for by itself. Blocks under `TYPE_CHECKING`, and for
+running a module as a program, do not count. That way a change in a module that the kernel doesn't use cannot change
+a launch digest.
 
 Compiled code has to be the same bytes wherever it is compiled: the file name in it is `payload:...`, and it is
 marshalled in format 2, which has no back references (those depend on reference counts) and sorts sets.
 
-Compiling everything takes about half a second, so results are kept in a cache file, by SHA-256 of name, source and
-interpreter. Whoever can write it can also write the sources; damage is found by its checksum and ignored.
+Compiling everything takes about half a second, so results are kept in a cache file, by SHA-256 of name, source,
+interpreter and this file. Whoever can write it can also write the sources; damage is found by its checksum and ignored.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ _HIDDEN: dict[str, tuple[str, ...]] = {
         ),
         "warnings",
     ),
+    f"{_PRIMITIVES}.asymmetric.ec": ("cryptography.hazmat.backends.openssl.backend",),
     "cffi.api": ("cffi.cparser", "_cffi_backend"),
     "hashlib": ("_md5", "_sha1", "_sha256", "_sha512", "_blake2", "_sha3"),
     "traceback": ("linecache",),
@@ -57,6 +59,8 @@ _HIDDEN: dict[str, tuple[str, ...]] = {
 
 _CACHE_MAGIC = b"svsm payload cache 1\n"
 _CACHE_LIMIT_BYTES = 64 << 20
+
+_LISTINGS: dict[str, frozenset[str]] = {}
 
 Import = tuple[str, tuple[str, ...]]
 Record = tuple[tuple[Import, ...], tuple[Import, ...], bytes]
@@ -102,7 +106,8 @@ class _Imports(ast.NodeVisitor):
     def visit_If(self, node: ast.If) -> None:
         test = node.test
         name = test.id if isinstance(test, ast.Name) else test.attr if isinstance(test, ast.Attribute) else ""
-        for child in node.orelse if name == "TYPE_CHECKING" else [*node.body, *node.orelse]:
+        never = name == "TYPE_CHECKING" or _is_main(test)
+        for child in node.orelse if never else [*node.body, *node.orelse]:
             self.visit(child)
 
     def visit_Call(self, node: ast.Call) -> None:
@@ -120,6 +125,12 @@ class _Imports(ast.NodeVisitor):
     visit_FunctionDef = visit_AsyncFunctionDef = visit_Lambda = _function  # noqa: N815
 
 
+def _is_main(test: ast.expr) -> bool:
+    """Whether a condition is ``__name__ == "__main__"``: code for who runs the module as a program."""
+    left = test.left if isinstance(test, ast.Compare) else None
+    return isinstance(left, ast.Name) and left.id == "__name__"
+
+
 def default_cache() -> str | None:
     """Where compiled code is kept: ``$XDG_CACHE_HOME/svsm`` or ``~/.cache/svsm``; None without a home."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
@@ -131,6 +142,9 @@ class ModuleCache:
 
     def __init__(self, path: str | None) -> None:
         self._path = path
+        with open(__file__, "rb") as own:
+            # What this file makes of a source is part of the result.
+            self._maker = hashlib.sha256(own.read()).digest()
         self._old: dict[bytes, Record] = {}
         self._new: dict[bytes, Record] = {}
         if path is not None:
@@ -152,11 +166,18 @@ class ModuleCache:
         if hashlib.sha256(data[start:]).digest() == data[len(_CACHE_MAGIC) : start]:
             self._old = marshal.loads(data[start:])
 
+    @property
+    def records(self) -> int:
+        """How many modules were found in the file."""
+        return len(self._old)
+
     def record(self, module: Module, source: bytes) -> Record:
         """Imports at the top, imports in functions, and the compiled code as .pyc bytes."""
-        key = hashlib.sha256(b"\0".join([sys.version.encode(), module.name.encode(), module.kind.encode(), source]))
-        found = self._new.get(key.digest()) or self._old.get(key.digest()) or _compile(module, source)
-        self._new[key.digest()] = found
+        key = hashlib.sha256(
+            b"\0".join([self._maker, sys.version.encode(), module.name.encode(), module.relative.encode(), source])
+        ).digest()
+        found = self._new.get(key) or self._old.get(key) or _compile(module, source)
+        self._new[key] = found
         return found
 
     def save(self) -> None:
@@ -199,6 +220,8 @@ class Modules:
         self._standard = os.path.dirname(os.__file__)
         self._other = tuple(entry for entry in sys.path if entry and os.path.isdir(entry) and entry != self._standard)
         self._cache = cache
+        _LISTINGS.clear()
+        self._records: dict[str, Record] = {}
         self._found: dict[str, Module | None] = {}
         self._sources: dict[str, bytes] = {}
 
@@ -243,7 +266,12 @@ class Modules:
 
     def code(self, module: Module) -> bytes:
         """The compiled module, as the bytes of a .pyc file."""
-        return self._cache.record(module, self.source(module))[2]
+        return self._record(module)[2]
+
+    def _record(self, module: Module) -> Record:
+        if module.name not in self._records:
+            self._records[module.name] = self._cache.record(module, self.source(module))
+        return self._records[module.name]
 
     def _available(self, name: str) -> bool:
         top = name.partition(".")[0]
@@ -253,7 +281,7 @@ class Modules:
 
     def _asked(self, module: Module) -> Iterator[str]:
         if module.path and not module.path.endswith(".so"):
-            top, deep, _ = self._cache.record(module, self.source(module))
+            top, deep, _ = self._record(module)
             own = module.name.partition(".")[0] not in (*_THIRD_PARTY, *sys.stdlib_module_names)
             for name, parts in top + deep if own else top:
                 if own and not self._available(name):
@@ -296,7 +324,19 @@ def _in_root(name: str, root: str, *, standard: bool) -> Module | None:
     candidates += [(below + suffix, "extension", False) for suffix in importlib.machinery.EXTENSION_SUFFIXES]
     candidates.append((f"{below}.py", "source", False))
     for relative, kind, package in candidates:
-        path = os.path.join(root, relative)
-        if os.path.isfile(path):
-            return Module(name, path, relative, kind, standard, package)
+        folder, _, file = relative.rpartition("/")
+        if file in _listing(os.path.join(root, folder) if folder else root):
+            return Module(name, f"{root.rstrip('/')}/{relative}", relative, kind, standard, package)
     return None
+
+
+def _listing(folder: str) -> frozenset[str]:
+    """The files in a folder that could be modules; asked once per build, a thousand times faster than stat."""
+    found = _LISTINGS.get(folder)
+    if found is None:
+        try:
+            found = frozenset(entry.name for entry in os.scandir(folder) if entry.is_file())
+        except OSError:
+            found = frozenset()
+        _LISTINGS[folder] = found
+    return found
