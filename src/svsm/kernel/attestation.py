@@ -98,6 +98,7 @@ class AttestationClient:
         self._challenge = b""
         self._foreign = True
         self._configuration: LaunchConfiguration | None = None
+        self._measurement = b""
 
     @property
     def foreign(self) -> bool:
@@ -163,6 +164,7 @@ class AttestationClient:
                 hint="HOST_DATA of the launch must be the SHA-256 of the launch configuration",
             )
         self._configuration = LaunchConfiguration.parse(self._configuration_json)
+        self._measurement = report.measurement
         self._step = _Step.ATTESTING
         return AttestationRequest(
             report=evidence.report,
@@ -186,7 +188,8 @@ class AttestationClient:
         self._advance(_Step.ATTESTING, _Step.FAILED)
         answer = AttestationAnswer.parse(body)
         if not answer.success:
-            raise _refusal(answer.reason)
+            volume_id = self._configuration.volume_id if self._configuration else ""
+            raise _refusal(answer.reason, volume_id, self._measurement)
         token = self._authentic(answer)
         claims = ReleaseClaims.parse(token.payload)
         configuration = self._about_this_attempt(claims)
@@ -275,16 +278,11 @@ def attest(
     return client.answered(line.receive(deadline=deadline))
 
 
-def _refusal(reason: str | None) -> PolicyError:
-    hints = {
-        "broker-measurement-not-allowed": "this image's launch digest is not on the volume's list; its owner can add "
-        "it with: svsm broker volume allow",
-        "broker-volume-unknown": "the broker has no volume for this launch configuration; its owner can create one "
-        "with: svsm broker volume create",
-    }
-    return PolicyError(
-        "the broker does not release the key",
-        code="attestation-refused",
-        hint=hints.get(reason or "", "the broker's audit log names the reason: svsm broker audit"),
-        reason=reason,
-    )
+def _refusal(reason: str | None, volume_id: str, measurement: bytes) -> PolicyError:
+    hint = "the broker's audit trail names the check that failed: svsm broker audit"
+    if reason == "broker-measurement-not-allowed":
+        hint = (
+            "this image's launch digest is not on the volume's list; if you trust the image: "
+            f"svsm broker volume allow {volume_id} {measurement.hex()}"
+        )
+    return PolicyError("the broker does not release the key", code="attestation-refused", hint=hint, reason=reason)

@@ -149,7 +149,8 @@ def test_no_from_the_broker_has_a_hint(desk: Desk) -> None:
     error = refused(desk.client(), chip, desk.relay())
     assert (type(error), error.code, error.exit_code) == (PolicyError, "attestation-refused", 3)
     assert error.details["reason"] == "broker-measurement-not-allowed"
-    assert "svsm broker volume allow" in (error.hint or "")
+    command = f"svsm broker volume allow {desk.configuration.volume_id} {(b'x' * 48).hex()}"
+    assert (error.hint or "").endswith(command)
 
 
 # --- the answer ------------------------------------------------------------------------------------------------
