@@ -75,11 +75,13 @@ class Space:
     Args:
         layout: The configuration.
         used: What was in use before; copied.
+        frugal: Use up the smallest holes first, so that whole IO blocks stay for the journal.
     """
 
-    def __init__(self, layout: ImageLayout, used: bytearray) -> None:
+    def __init__(self, layout: ImageLayout, used: bytearray, *, frugal: bool = False) -> None:
         self._layout = layout
         self._taken = bytearray(used)
+        self._frugal = frugal
 
     def _take(self, extent: Extent) -> Extent:
         with_ranges(self._taken, (extent,), 1)
@@ -101,18 +103,29 @@ class Space:
                 return self._take((begin, length_ab))
         return None
 
+    def _small(self, length_ab: int, unit_ab: int) -> Extent | None:
+        """The same in the smallest hole that holds it: what is less than a journal block must not break into one."""
+        best: tuple[int, int] | None = None
+        for match in _FREE.finditer(self._taken):
+            begin = align_up(match.start(), unit_ab)
+            room = match.end() - match.start()
+            if begin + length_ab <= match.end() and (best is None or room < best[0]):
+                best = (room, begin)
+        return None if best is None else self._take((best[1], length_ab))
+
     def pieces(self, total_ab: int, unit_ab: int) -> list[Extent]:
         """Free extents of `total_ab` together, each aligned to and a multiple of `unit_ab`.
 
         Raises:
             StateError: ``cocoonfs-full``; nothing is taken then.
         """
-        whole = self.aligned(total_ab, unit_ab)
+        frugal = self._frugal and unit_ab == 1
+        whole = None if frugal else self.aligned(total_ab, unit_ab)
         if whole is not None:
             return [whole]
         found: list[Extent] = []
         left = total_ab
-        for begin, length in sorted(self._runs(unit_ab), key=lambda run: (-run[1], run[0])):
+        for begin, length in sorted(self._runs(unit_ab), key=lambda run: (run[1] if frugal else -run[1], run[0])):
             take = min(left, length)
             found.append((begin, take))
             left -= take
@@ -136,14 +149,17 @@ class Space:
     def for_file(self, length_ab: int) -> list[Extent]:
         """Extents for a file's contents.
 
-        A small file goes into the first hole that holds it. A larger one prefers whole journal blocks, which can be
+        A small file goes into the smallest hole that holds it. A larger one prefers whole journal blocks, which can be
         written in place; then any single run; then pieces, largest first.
 
         Raises:
             StateError: ``cocoonfs-full``; nothing is taken then.
         """
         unit = self._layout.journal_ab
-        for alignment in (1,) if length_ab < unit else (unit, 1):
+        if length_ab < unit:
+            small = self._small(length_ab, 1)
+            return [small] if small is not None else self.pieces(length_ab, 1)
+        for alignment in () if self._frugal else (unit, 1):
             extent = self.aligned(length_ab, alignment)
             if extent is not None:
                 return [extent]
@@ -155,7 +171,7 @@ class Space:
         Raises:
             StateError: ``cocoonfs-full``.
         """
-        extent = self.aligned(length_ab, length_ab)
+        extent = self._small(length_ab, length_ab)
         if extent is None:
             raise no_space(length_ab)
         return extent[0]

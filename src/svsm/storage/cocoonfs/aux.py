@@ -62,15 +62,14 @@ def aux_extents(layout: ImageLayout, pointers: bytes, image_ab: int, read: Calla
     # The list is circular and at most one extent is broken: start where the links can be read.
     first = heads[1] if links(heads[0]) is None and heads[1] is not None else heads[0]
     extents: list[Extent] = []
-    taken: set[int] = set()
+    taken = bytearray(image_ab)
     current: Extent = first
     after_next: Extent | None = None
     while True:
         begin, length = current
-        blocks = range(begin, begin + length)
-        if begin % layout.journal_ab or length % layout.journal_ab or not taken.isdisjoint(blocks):
+        if begin % layout.journal_ab or length % layout.journal_ab or 1 in taken[begin : begin + length]:
             raise _malformed("extent")
-        taken.update(blocks)
+        taken[begin : begin + length] = b"\1" * length
         extents.append(current)
         found = links(current)
         # The one extent that may be broken: its predecessor knows who comes after it.

@@ -60,7 +60,7 @@ from svsm.storage.cocoonfs.tree import TreeUpdate
 __all__ = ["Change", "CommitPlan", "plan_commit"]
 
 _COUNTER_LIMIT = 1 << 128
-_RESERVED_BITMAP_BLOCKS = 4
+_RESERVED_BITMAP_BLOCKS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +100,12 @@ class CommitPlan:
 
 
 class _Layout:
-    def __init__(self, image: Image, random: Random) -> None:
+    def __init__(self, image: Image, random: Random, *, frugal: bool) -> None:
         self.image = image
         self.random = random
         self.layout = image.volume.layout
         self.keys = image.volume.keys
-        self.space = Space(self.layout, image.used)
+        self.space = Space(self.layout, image.used, frugal=frugal)
         self.used = bytearray(image.used)
         self.freed: list[Extent] = []
         self.writes: list[tuple[int, bytes]] = []
@@ -149,6 +149,9 @@ class _Layout:
         while length < MAX_POINTER_EXTENT_AB and chain.capacity(length * size, first=True) <= len(encoded):
             length += 1
         head = self.space.aligned(length, 1)
+        while head is None and length > 1:
+            length //= 2
+            head = self.space.aligned(length, 1)
         if head is None:
             raise no_space(length)
         extents = [head, *self._tails(chain, len(encoded), head, 1)]
@@ -362,7 +365,9 @@ class _Layout:
         node_io = align_up(max(layout.leaf_ab, layout.internal_ab), layout.io_ab) // layout.io_ab
         bitmaps = -(-image.image_ab // bits_per_bitmap_block(layout))
         bitmap_io = align_up(layout.bitmap_ab, layout.io_ab) // layout.io_ab
-        return 1 + 2 * node_io * image.root[1] + bitmap_io * min(bitmaps, _RESERVED_BITMAP_BLOCKS) + 4 * per_journal
+        bitmaps = min(bitmaps, _RESERVED_BITMAP_BLOCKS)
+        log_io = per_journal * (4 + bitmaps // 4)
+        return 1 + 2 * node_io * image.root[1] + bitmap_io * bitmaps + log_io
 
     def _split(self, dirty: Mapping[int, bytes]) -> tuple[list[int], list[int]]:
         """(IO blocks to write in place, IO blocks to stage), ascending."""
@@ -479,7 +484,17 @@ def plan_commit(image: Image, changes: Mapping[int, Change], random: Random) -> 
         IntegrityError: ``cocoonfs-authentication``.
         FormatError: ``cocoonfs-format``.
     """
-    layout = _Layout(image, random)
+    try:
+        return _planned(image, changes, random, frugal=False)
+    except StateError as error:
+        if error.code != "cocoonfs-full":
+            raise
+    # Nearly full: the same again, in the smallest holes there are.
+    return _planned(image, changes, random, frugal=True)
+
+
+def _planned(image: Image, changes: Mapping[int, Change], random: Random, *, frugal: bool) -> CommitPlan:
+    layout = _Layout(image, random, frugal=frugal)
     # Removals first: they only free, so what they need of the index is not in the way of what comes.
     for inode, change in sorted(changes.items(), key=lambda item: (item[1].data is not None, item[0])):
         layout.change(inode, change)

@@ -50,6 +50,7 @@ __all__ = [
 
 _MAX_INODE = (1 << 64) - 1
 _MAX_SALT = 255
+_PIECE = 128  # what is never torn, see abi/block.py
 
 
 class Probe(enum.Enum):
@@ -86,15 +87,29 @@ def _read_start(device: BlockDevice, offset: int, length: int) -> bytes:
 def probe(device: BlockDevice) -> Probe:
     """What kind of volume the magic numbers on a device announce; nothing is verified.
 
-    A creation-info header is also looked for in its backup place, so that an interrupted creation is not blank.
+    A creation-info header is also looked for in its backup place, so that an interrupted creation is not blank. The
+    last write of our own creation, torn, is: the header's first piece is there and another that a finished header
+    fills is all zero (`Volume.open` refuses it all the same).
     """
     head = _read_start(device, 0, 8)[:8]
     if head == MAGIC:
-        return Probe.COCOONFS
+        return Probe.BLANK if _is_torn_creation(device) else Probe.COCOONFS
     backup = backup_creation_offset(device.size_bytes)
     if head == CREATION_MAGIC or (backup is not None and _read_start(device, backup, 8)[:8] == CREATION_MAGIC):
         return Probe.CREATION_INFO
     return Probe.BLANK
+
+
+def _is_torn_creation(device: BlockDevice) -> bool:
+    try:
+        measured = StaticHeader.measure(_read_start(device, 0, _PIECE)[:_PIECE])
+    except FormatError:
+        return False
+    # Every piece that ends at a power of two carries a marker, which is never zero. (A salt of more than 72 bytes
+    # reaches into pieces that this cannot judge; such a torn header is refused like any damaged one.)
+    data = _read_start(device, 0, measured.layout.io_bytes)
+    ends = (_PIECE << log2 for log2 in range(1, len(data).bit_length()))
+    return any(not any(data[end - _PIECE : end]) for end in ends if end <= measured.layout.io_bytes)
 
 
 def read_static_header(device: BlockDevice) -> StaticHeader:

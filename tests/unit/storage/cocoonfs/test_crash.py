@@ -233,15 +233,9 @@ def test_crash_while_creating() -> None:
             if probe(device) is Probe.BLANK:
                 outcomes.add("blank")
                 continue
-            try:
-                files = _files(Volume.open(device, KEY))
-            except SvsmError as error:
-                outcomes.add(error.code)
-                continue
-            assert files in ({}, old)
+            assert _files(Volume.open(device, KEY)) in ({}, old)
             outcomes.add("volume")
-        # The last write, torn: the magic is there, the checksum is not.
-        assert {"blank", "volume"} <= outcomes <= {"blank", "volume", "cocoonfs-header"}
+        assert outcomes == {"blank", "volume"}
 
 
 def test_barriers_of_creation_are_needed() -> None:
@@ -257,8 +251,8 @@ def test_barriers_of_creation_are_needed() -> None:
             return True
         try:
             return _files(Volume.open(device, KEY)) in ({}, old)
-        except SvsmError as error:
-            return error.code == "cocoonfs-header"
+        except SvsmError:
+            return False
 
     assert all(good(image) for image in crash_images(initial, disk.events, samples=6))
     for barrier in (0, 1):

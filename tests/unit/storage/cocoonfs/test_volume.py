@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import random
 
@@ -170,6 +171,34 @@ def test_full_and_nothing_lost() -> None:
     assert again.list() == []
     check(again)
     _put(again, {16: _content(1, 40000)})
+
+
+def test_removing_a_fragmented_file_from_a_full_volume() -> None:
+    """Files in many pieces, all over a volume without any room left, can still be removed one by one."""
+    _, volume = _created(512 << 10)
+    count = 0
+    while volume.free_bytes > 60_000:
+        _put(volume, {1000 + n: _content(n, 300) for n in range(count, count + 50)})
+        count += 50
+    for start in range(0, count, 50):
+        with volume.transaction() as transaction:
+            for n in range(start, start + 50, 2):
+                transaction.unlink(1000 + n)
+    inode, largest = 16, 0
+    for size in (64 << 10, 20 << 10, 8 << 10, 2 << 10, 200):
+        with contextlib.suppress(StateError):
+            while True:
+                _put(volume, {inode: _content(inode, size)})
+                entry = image_of(volume).find(inode)
+                assert entry is not None
+                largest = max(largest, len(image_of(volume).extents_of(entry)[0]))
+                inode += 1
+    assert volume.free_bytes < 64 << 10
+    assert largest > 10
+    for number in range(16, inode):
+        with volume.transaction() as transaction:
+            transaction.unlink(number)
+    check(volume)
 
 
 def test_too_large_for_the_volume() -> None:
