@@ -56,6 +56,7 @@ _MAX_LOADER: Final = 1 << 20
 _MAX_SERVICES: Final = 16
 _GUEST_VMPL: Final = 2
 _WORD: Final = (1 << 64) - 1
+_LINGER_MS: Final = 2000
 _SHARED_ACCESS: Final = Access.READ | Access.WRITE
 
 
@@ -183,7 +184,8 @@ class Machine:
             process.kill()
             process.collect()
         if self._kernel_process is not None:
-            if end.reason is not EndReason.KERNEL_ENDED:
+            # One that only closed its channel is given a moment to end by itself.
+            if end.reason is not EndReason.KERNEL_ENDED or not _ended_within(self._kernel_process, _LINGER_MS):
                 self._kernel_process.kill()
             status = self._kernel_process.collect()
         if self._vcpu is not None:
@@ -490,6 +492,12 @@ def _guest_access(entry: Entry) -> tuple[Memory, Access] | None:
     if entry.home is Home.VMPL2:
         return Memory.VMPL2, Access(entry.permissions[1])
     return None
+
+
+def _ended_within(process: Spawned, milliseconds: int) -> bool:
+    poll = select.poll()
+    poll.register(process.fileno(), select.POLLIN)
+    return bool(poll.poll(milliseconds))
 
 
 def _service_of(payload: bytes) -> tuple[str, dict[str, str]]:

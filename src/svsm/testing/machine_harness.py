@@ -74,6 +74,25 @@ class _Thread(Spawned):
     """The test itself, in the place of the kernel process."""
 
     def __init__(self) -> None:
+        self._read, write = os.pipe()
+        os.write(write, b"x")  # the machine waits for its end only after its channel has closed
+        os.close(write)
+
+    def fileno(self) -> int:
+        return self._read
+
+    def collect(self) -> int:
+        os.close(self._read)
+        return 0
+
+    def kill(self) -> None:
+        pass
+
+
+class _Service(Spawned):
+    """A service that never ends by itself."""
+
+    def __init__(self) -> None:
         self._read, self._write = os.pipe()
 
     def fileno(self) -> int:
@@ -107,7 +126,7 @@ class _TestSpawner:
         kernel_end, service_end = socket.socketpair()
         with service_end:
             service_end.sendall(f"{name} {dict(parameters)} {os.fstat(archive).st_size}".encode())
-        return _Thread(), kernel_end
+        return _Service(), kernel_end
 
 
 _DIRECTED = 0x7777
