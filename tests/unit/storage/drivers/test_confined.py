@@ -3,21 +3,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from svsm.formats.errors import BackendError
-from svsm.storage.cocoonfs import Volume
-from svsm.storage.drivers import device_from_descriptor
-from svsm.storage.drivers.file import FileDevice
-from svsm.storage.drivers.remote import RemoteDevice
-from svsm.testing.diskprocess import DiskProcess
 from tests.support import peer
 
 _PROGRAM = """
@@ -25,17 +17,16 @@ import sys
 sys.modules["_hashlib"] = None  # as in the measured payload's processes
 sys.modules["_ssl"] = None
 import os
-from svsm.storage.drivers import device_from_descriptor
-import svsm.storage.drivers.file, svsm.storage.drivers.remote
+from svsm.storage.drivers.file import FileDevice
 from svsm.storage.volume import Volume
 descriptor = int(sys.argv[1])
 def work():
-    volume = Volume.create(device_from_descriptor(os.dup(descriptor)), b"key", salt=b"salt")
+    volume = Volume.create(FileDevice(os.dup(descriptor)), b"key", salt=b"salt")
     for turn in range(3):
         with volume.transaction() as transaction:
             transaction.write(16 + turn, b"contents" * 1000)
     volume.close()
-    again = Volume.open(device_from_descriptor(descriptor), b"key")
+    again = Volume.open(FileDevice(descriptor), b"key")
     assert again.read(18) == b"contents" * 1000
     again.close()
 work.__code__  # everything is imported by now
@@ -86,21 +77,3 @@ def test_system_calls(tmp_path: Path) -> None:
     names = set(re.findall(r"^\d+ +(\w+)\(", work, re.M))
     assert {"pread64", "pwrite64", "fdatasync", "flock"} <= names
     assert names <= ALLOWED
-
-
-def test_device_from_descriptor(tmp_path: Path) -> None:
-    path = _disk(tmp_path)
-    device = device_from_descriptor(os.open(path, os.O_RDWR))
-    assert isinstance(device, FileDevice)
-    Volume.create(device, b"key", salt=b"").close()
-    disk = DiskProcess(path)
-    device = device_from_descriptor(disk.socket().detach())
-    assert isinstance(device, RemoteDevice)
-    assert Volume.open(device, b"key").list() == []
-    device.close()
-    disk.kill()
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs, pytest.raises(BackendError):
-        device_from_descriptor(ours.detach())
-    with pytest.raises(BackendError):
-        device_from_descriptor(9999)
