@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from svsm.formats.errors import FormatError
 from svsm.formats.frames import FrameDecoder, encode_frame
@@ -58,3 +60,14 @@ def test_a_frame_at_the_cap_passes_and_one_above_is_not_sent() -> None:
     assert FrameDecoder(max_bytes=1024).feed(encode_frame(body, max_bytes=1024)) == [body]
     with pytest.raises(FormatError):
         encode_frame(body + b"x", max_bytes=1024)
+
+
+@given(st.lists(st.binary(max_size=40), max_size=6), st.lists(st.integers(min_value=1, max_value=30), max_size=40))
+def test_any_cutting_gives_the_same_frames(bodies: list[bytes], cuts: list[int]) -> None:
+    stream = b"".join(encode_frame(body) for body in bodies)
+    decoder, found, place = FrameDecoder(), [], 0
+    for cut in [*cuts, len(stream)]:
+        found += decoder.feed(stream[place : place + cut])
+        place += cut
+    assert found == bodies
+    assert decoder.pending_bytes == 0
