@@ -31,6 +31,7 @@ from svsm.kernel.objects import (
 __all__ = ["Process", "ProcessTable"]
 
 _CHUNK_BYTES = 65536
+_REQUESTS_PER_TURN = 8
 _DONTWAIT = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 
@@ -59,6 +60,7 @@ class Process:
         self._namespace = dict(namespace)
         self._on_exit = on_exit
         self._reader = FrameReader()
+        self._inbox: deque[tuple[FrameHeader, bytes]] = deque()
         self._handles: dict[int, KernelObject] = {}
         self._next_handle = 1
         self._pending: set[int] = set()
@@ -83,6 +85,7 @@ class Process:
             if client is not None:
                 client.close()
         self._outgoing.clear()
+        self._inbox.clear()
         self._handles.clear()
         self._pending.clear()
         self._on_exit(self, reason)
@@ -97,6 +100,8 @@ class Process:
             self.end(error)
 
     def _receive(self) -> None:
+        if self._inbox:
+            return  # what came before is served first, in turns
         # Plain recv: descriptors that a service attaches are dropped by the operating system, unseen.
         try:
             chunk = self._connection.recv(_CHUNK_BYTES, socket.MSG_DONTWAIT)
@@ -107,10 +112,23 @@ class Process:
         if not chunk:
             self.end(None)
             return
-        for header, body in self._reader.feed(chunk):
-            if not self.alive:
+        self._inbox.extend(self._reader.feed(chunk))
+        self._serve_some()
+
+    def _serve_some(self) -> None:
+        """A few requests, then it is the others' turn: one chunk can hold thousands."""
+        for _ in range(_REQUESTS_PER_TURN):
+            if not self._inbox or not self.alive:
                 return
-            self._request(header, body)
+            self._request(*self._inbox.popleft())
+        if self._inbox:
+            self._loop.call_soon(self._next_turn)
+
+    def _next_turn(self) -> None:
+        try:
+            self._serve_some()
+        except SvsmError as error:
+            self.end(error)
 
     def _request(self, header: FrameHeader, body: bytes) -> None:
         request = Request.parse(header, body)

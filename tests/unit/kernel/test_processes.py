@@ -276,6 +276,19 @@ def test_a_service_that_does_not_read_its_answers_is_ended_and_bounded() -> None
     service.close()
 
 
+def test_a_chunk_of_many_requests_is_served_in_turns_and_completely() -> None:
+    service = Service()
+    handle = service.open("log")
+    frames = [Request(1000 + i, Call.WRITE, syscall.encode_write(handle, b"x")).pack() for i in range(100)]
+    service.socket.sendall(b"".join(frames))
+    service.loop.run_once(0)
+    assert 0 < len(service.lines) <= 16  # one turn is short
+    assert service.loop.run_until(lambda: len(service.lines) == 100, timeout_seconds=5)
+    assert [reply.id for reply in service.replies()] == list(range(1000, 1100))
+    assert service.exits == []
+    service.close()
+
+
 def test_descriptors_that_a_service_sends_are_dropped(service: Service) -> None:
     with open("/dev/null", "rb") as file:
         socket.send_fds(service.socket, [Request(1, Call.OPEN, b"log").pack()], [file.fileno()] * 100)
