@@ -13,9 +13,11 @@ Where Unicorn differs from a CPU, and what is done about it:
   the block starts again. The hook keeps the GHCB MSR and skips RDMSR.
 * Translations stay valid for it when *another* process writes guest code, so the cache is dropped at every entry;
   registers, CR3 with them, are written anew, which drops the cached page-table walks.
-* It delivers no exception to the guest's IDT: any exception ends the run with SHUTDOWN. No interrupt is injected.
+* It delivers no exception to the guest's IDT: any exception ends the run with SHUTDOWN, and if there is a next run it
+  gets a new emulator, since the old one would report a double fault. No interrupt is injected.
 * It has no notion of the RMP: what the guest must not reach is not mapped (`vcpu_memory`), and the access then
-  ends the run as a nested page fault that names the GPA.
+  ends the run as a nested page fault that names the GPA. Its page-table walk reads zero where nothing is mapped;
+  a page fault is therefore looked into before it is believed.
 * A running guest is only stopped from another thread: `_Watch` wakes up every 2 ms while one runs, looks whether
   the chip has said something or the time is up, and stops it between two instructions.
 
@@ -139,9 +141,7 @@ class Vcpu:
     def __init__(self, descriptors: dict[Memory, int]) -> None:
         self._uc_module = _unicorn()
         self._const = self._uc_module.x86_const
-        self._engine = self._uc_module.Uc(self._uc_module.UC_ARCH_X86, self._uc_module.UC_MODE_64)
-        self._engine.ctl_exits_enabled(True)  # otherwise one virtual address would be "the end"
-        self._engine.ctl_set_exits([])
+        self._engine = self._new_engine()
         self.memory = GuestMemory(self._engine, descriptors)
         self._library = self._uc_module.unicorn_py3.unicorn.uclib
         numbers = [getattr(self._const, f"UC_X86_REG_{name.upper()}") for name in _GENERAL]
@@ -151,19 +151,25 @@ class Vcpu:
         self._places = (ctypes.c_void_p * len(numbers))(*addresses)
         self._code = ctypes.create_string_buffer(_MAX_BLOCK_BYTES)
         self._read_virtual = self._library.uc_vmem_read
+        uc = self._uc_module
+        self._unmapped_kinds = (uc.UC_MEM_READ_UNMAPPED, uc.UC_MEM_WRITE_UNMAPPED, uc.UC_MEM_FETCH_UNMAPPED)
         self._sites: dict[int, int] = {}
         self._stopped = False
         self._seen = _Outcome()
         self._ghcb_msr = 0
         self._efer_svme = 0
-        self._add_hooks()
+        self._spent = False
 
-    def _add_hooks(self) -> None:
+    def _new_engine(self) -> Any:
         uc = self._uc_module
-        self._engine.hook_add(uc.UC_HOOK_INSN_INVALID, self._on_invalid)
-        self._engine.hook_add(uc.UC_HOOK_MEM_INVALID, self._on_fault)
-        self._engine.hook_add(uc.UC_HOOK_INTR, self._on_exception)
-        self._engine.hook_add(uc.UC_HOOK_BLOCK, self._on_block)
+        engine = uc.Uc(uc.UC_ARCH_X86, uc.UC_MODE_64)
+        engine.ctl_exits_enabled(True)  # otherwise one virtual address would be "the end"
+        engine.ctl_set_exits([])
+        engine.hook_add(uc.UC_HOOK_INSN_INVALID, self._on_invalid)
+        engine.hook_add(uc.UC_HOOK_MEM_INVALID, self._on_fault)
+        engine.hook_add(uc.UC_HOOK_INTR, self._on_exception)
+        engine.hook_add(uc.UC_HOOK_BLOCK, self._on_block)
+        return engine
 
     # --- registers -------------------------------------------------------------------------------------------
 
@@ -172,6 +178,12 @@ class Vcpu:
         wanted = _EFER_LMA | _EFER_LME
         if registers.efer & wanted != wanted or registers.cr0 & (_CR0_PG | _CR0_PE) != _CR0_PG | _CR0_PE:
             return False
+        if self._spent:
+            # It would take the next exception for one within the last: nobody has taken that one from it.
+            self._spent = False
+            self._sites.clear()
+            self._engine = self._new_engine()
+            self.memory.move(self._engine)
         self._efer_svme = registers.efer & _EFER_SVME
         self._engine.reg_write(self._const.UC_X86_REG_MSR, (_EFER, registers.efer & ~_EFER_SVME))
         self._values[:] = list(_general(registers))
@@ -200,16 +212,22 @@ class Vcpu:
             (exit code, exit_info_1, exit_info_2), or None when `stop` ended it and the guest can simply go on.
         """
         self._stopped = False
+        self.memory.settle()
+        self.memory.walk(self._engine.reg_read(self._const.UC_X86_REG_CR3), self._rip())
         while not self._stopped:
             self._seen = _Outcome()
             self._engine.ctl_flush_tb()
             try:
                 self._engine.emu_start(self._rip(), 0)
             except self._uc_module.UcError as error:
-                return self._failed(error.errno)
+                reason = self._failed(error.errno)
+                if reason is not None:
+                    return reason
             if self._seen.vector is not None:
-                return self._exception(self._seen.vector)
-            if self._seen.msr_sites:
+                reason = self._exception(self._seen.vector)
+                if reason is not None:
+                    return reason
+            elif self._seen.msr_sites:
                 self._hook_sites(self._seen.msr_sites)
             elif not self._stopped:
                 # HLT ends the run without a word. (One that coincides with a stop wakes up at once: allowed.)
@@ -224,7 +242,7 @@ class Vcpu:
         for site in sites:
             self._sites[site] = self._engine.hook_add(self._uc_module.UC_HOOK_CODE, self._on_msr, None, site, site)
 
-    def _failed(self, errno: int) -> tuple[ExitCode, int, int]:
+    def _failed(self, errno: int) -> tuple[ExitCode, int, int] | None:
         if self._seen.fault is not None:
             kind, gpa = self._seen.fault
             return ExitCode.NESTED_PAGE_FAULT, int(self._fault_bits(kind)), gpa
@@ -235,9 +253,18 @@ class Vcpu:
             return self._exception(self._seen.vector)
         return ExitCode.SHUTDOWN, 6 if self._seen.invalid else 0, errno
 
-    def _exception(self, vector: int) -> tuple[ExitCode, int, int]:
-        cr2 = self._engine.reg_read(self._const.UC_X86_REG_CR2) if vector == _PAGE_FAULT_VECTOR else 0
-        return ExitCode.SHUTDOWN, vector, cr2
+    def _exception(self, vector: int) -> tuple[ExitCode, int, int] | None:
+        """An exception: the exit for it, or None when the instruction can be tried again."""
+        address = 0
+        if vector == _PAGE_FAULT_VECTOR:
+            address = self._engine.reg_read(self._const.UC_X86_REG_CR2)
+            added, denied = self.memory.walk(self._engine.reg_read(self._const.UC_X86_REG_CR3), address)
+            if denied is not None:
+                return ExitCode.NESTED_PAGE_FAULT, int(NestedFault.RMP), denied
+            if added:
+                return None
+        self._spent = True
+        return ExitCode.SHUTDOWN, vector, address
 
     def _fault_bits(self, kind: int) -> NestedFault:
         uc = self._uc_module
@@ -269,6 +296,8 @@ class Vcpu:
         return False
 
     def _on_fault(self, _engine: Any, kind: int, gpa: int, _size: int, _value: int, _data: Any) -> bool:
+        if kind in self._unmapped_kinds and self.memory.touch(gpa):
+            return True
         self._seen.fault = (kind, gpa)
         return False
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import struct
 import sys
@@ -86,6 +87,7 @@ def test_exceptions_have_no_handler(rig: VcpuRig, code: bytes, vector: int) -> N
     message = rig.execute(code + HLT)
     assert (message.exit_code, message.exit_info_1) == (ExitCode.SHUTDOWN, vector)
     assert rig.execute(VMGEXIT).exit_code == ExitCode.VMGEXIT
+    assert rig.execute(load(0x10_0000_0000)).exit_info_1 == 14  # not a double fault of the one before
 
 
 def test_page_fault_by_the_guests_own_tables(rig: VcpuRig) -> None:
@@ -236,6 +238,101 @@ def test_the_process_maps_only_what_the_guest_sees(rig: VcpuRig) -> None:
     assert mapped() == GUEST_BYTES - 0x3000
     rig.unmap(0, 1 << 48)
     assert mapped() == 0
+
+
+# --- memory in more ranges than are mapped in advance ------------------------------------------------------------
+
+PIECES = 0x5000_0000
+PIECE_COUNT = 200
+TARGET = 0x5100_0000
+
+
+def cut_up(rig: VcpuRig) -> list[bytes]:
+    """Pages that alternate between the two memories, and their contents."""
+    contents = [bytes([index % 251 + 1]) * 0x1000 for index in range(PIECE_COUNT)]
+    for index, content in enumerate(contents):
+        memory = Memory.SHARED if index % 2 else Memory.VMPL2
+        rig.poke(PIECES + index * 0x1000, content, memory)
+        rig.map(PIECES + index * 0x1000, 0x1000, memory)
+    rig.map(TARGET, 0x40_0000)
+    return contents
+
+
+def test_a_copy_over_all_pieces(rig: VcpuRig) -> None:
+    contents = cut_up(rig)
+    message = rig.execute(b"\xf3\x48\xa5" + HLT, rsi=PIECES, rdi=TARGET, rcx=PIECE_COUNT * 0x200)
+    assert (message.exit_code, message.registers.rcx) == (ExitCode.HLT, 0)
+    assert rig.peek(TARGET, PIECE_COUNT * 0x1000) == b"".join(contents)
+    message = rig.execute(
+        b"\xf3\x48\xa5" + HLT, rsi=TARGET, rdi=PIECES, rcx=PIECE_COUNT * 0x200
+    )  # and with more active
+    assert message.exit_code == ExitCode.HLT
+
+
+def test_accesses_across_the_borders_of_pieces(rig: VcpuRig) -> None:
+    contents = cut_up(rig)
+    # loop: mov rax, [rbx]; add r8, rax; not rax; mov [rbx], rax; add rbx, 0x1000; dec rcx; jnz loop; hlt
+    code = bytes.fromhex("488b03 4901c0 48f7d0 488903 4881c300100000 48ffc9 75e8") + HLT
+    message = rig.execute(code, rbx=PIECES + 0xFFC, rcx=PIECE_COUNT - 1)
+    words = [left[-4:] + right[:4] for left, right in itertools.pairwise(contents)]
+    assert message.exit_code == ExitCode.HLT
+    assert message.registers.r8 == sum(int.from_bytes(word, "little") for word in words) % (1 << 64)
+    for index in (0, 1, 150, PIECE_COUNT - 2):
+        border = PIECES + index * 0x1000 + 0xFFC
+        first, second = (Memory.SHARED, Memory.VMPL2) if index % 2 else (Memory.VMPL2, Memory.SHARED)
+        seen = rig.peek(border, 4, first) + rig.peek(border + 4, 4, second)
+        assert seen == bytes(byte ^ 0xFF for byte in words[index])
+
+
+def test_flags_survive_the_first_touch_of_a_piece(rig: VcpuRig) -> None:
+    cut_up(rig)
+    # cmp ecx, ecx (ZF=1); mov al, [rbx]; setz r8b; stc; mov [rbx+0x1000], al; setc r9b
+    code = bytes.fromhex("39c9 8a03 410f94c0 f9 888300100000 410f92c1") + HLT
+    message = rig.execute(code, rbx=PIECES + 0x1000 * (PIECE_COUNT - 4))
+    assert (message.registers.r8, message.registers.r9) == (1, 1)
+
+
+def test_code_in_pieces(rig: VcpuRig) -> None:
+    cut_up(rig)
+    for index in range(0, PIECE_COUNT, 2):  # inc eax; jmp two pages on
+        last = index == PIECE_COUNT - 2
+        rig.poke(PIECES + index * 0x1000, HLT if last else b"\xff\xc0\xe9" + struct.pack("<i", 0x2000 - 7))
+    message = rig.run(registers(rip=PIECES))
+    assert (message.exit_code, message.registers.rax) == (ExitCode.HLT, PIECE_COUNT // 2 - 1)
+
+
+def test_page_tables_in_a_piece_that_is_not_mapped_yet(rig: VcpuRig) -> None:
+    cut_up(rig)
+    tables = PIECES + 0x1000 * (PIECE_COUNT - 2)
+    rig.poke(tables, struct.pack("<Q", tables | 3) + struct.pack("<7Q", *(index << 30 | 0x83 for index in range(1, 8))))
+    assert rig.execute(load(DATA), cr3=tables).exit_code == ExitCode.HLT
+
+
+def test_what_is_denied_stays_denied_among_many_pieces(rig: VcpuRig) -> None:
+    cut_up(rig)
+    for index in (3, PIECE_COUNT - 3):
+        address = PIECES + index * 0x1000
+        assert rig.execute(store(address)).exit_code == ExitCode.HLT
+        rig.unmap(address, 0x1000)
+        message = rig.execute(store(address))
+        assert (message.exit_code, message.exit_info_1) == (NPF, NestedFault.RMP | NestedFault.WRITE)
+        rig.map(address, 0x1000, Memory.SHARED, Access.READ)
+        message = rig.execute(store(address))
+        assert message.exit_info_1 == NestedFault.RMP | NestedFault.WRITE | NestedFault.PRESENT
+
+
+def test_many_pieces_cost_the_chip_little(rig: VcpuRig) -> None:
+    started = time.monotonic()
+    for index in range(0, 4096, 2):
+        rig.map(PIECES + index * 0x1000, 0x1000)
+    assert time.monotonic() - started < 10  # 0.1 s; mapped in advance it was minutes
+
+
+def test_page_tables_that_the_guest_may_not_see(rig: VcpuRig) -> None:
+    rig.unmap(TABLES + 0x1000, 0x1000)
+    message = rig.execute(HLT)
+    assert (message.exit_code, message.exit_info_1) == (NPF, NestedFault.RMP)
+    assert message.exit_info_2 == TABLES + 0x1000 + 8
 
 
 # --- what other processes do to memory ---------------------------------------------------------------------------
