@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 
 from svsm.formats.errors import FormatError, ProtocolError
+from svsm.formats.record import Buffer
 from svsm.formats.snp.cpuid_page import CpuidFunction, pack_cpuid_page, parse_cpuid_page
 from svsm.formats.snp.digest import LaunchDigest
 from svsm.formats.snp.firmware_status import FirmwareStatus
@@ -108,7 +109,7 @@ class Launch:
         self._policy = policy
         self.state = LaunchState.LAUNCH
 
-    def update(self, page_type: int, gpa: int, contents: bytes) -> bytes | None:
+    def update(self, page_type: int, gpa: int, contents: Buffer) -> bytes | None:
         """LAUNCH_UPDATE of one page.
 
         Args:
@@ -133,7 +134,7 @@ class Launch:
             written = self._secrets()
         elif kind is PageType.ZERO:
             written = bytes(len(contents))
-        elif kind is PageType.CPUID and corrected_cpuid_page(contents, self._chip) is not None:
+        elif kind is PageType.CPUID and corrected_cpuid_page(bytes(contents), self._chip) is not None:
             raise refused(FirmwareStatus.INVALID_PARAM, "the CPUID page claims what the chip does not have")
         self._digest.update(kind, gpa, contents)
         return written

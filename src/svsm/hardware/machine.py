@@ -292,7 +292,7 @@ class Machine:
             status = FirmwareStatus.INVALID_ADDRESS if invalid else FirmwareStatus.INVALID_PAGE_STATE
             raise refused(status, "these pages cannot be launched")
         self.perform(outcome.change)
-        contents = self.memory.read(Home.PRIVATE, gpa, pages * PAGE)
+        contents = memoryview(self.memory.read(Home.PRIVATE, gpa, pages * PAGE))
         try:
             for offset in range(0, len(contents), PAGE):
                 page = contents[offset : offset + PAGE]
@@ -302,7 +302,7 @@ class Machine:
         except ProtocolError:
             # Only a page that comes alone is refused, so nothing of the run has entered the digest.
             if page_type == PageType.CPUID:
-                corrected = corrected_cpuid_page(contents, self._chip)
+                corrected = corrected_cpuid_page(bytes(contents), self._chip)
                 self.memory.write(Home.PRIVATE, gpa, corrected if corrected is not None else contents)
             self.perform(self.rmp.plan_reclaim(outcome.change))
             raise

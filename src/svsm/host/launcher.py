@@ -30,6 +30,8 @@ from svsm.host.hardware_port import HardwarePort
 __all__ = ["DEFAULT_POLICY", "Launched", "configuration_area", "launch_image"]
 
 DEFAULT_POLICY: Final = 0x3_0000
+_PIECE_PAGES: Final = 256
+"""Pages in one command: a MiB stays in the processor's cache on its way through copy and digest."""
 _RUNS: Final = frozenset({PageType.NORMAL, PageType.ZERO, PageType.UNMEASURED})
 _LENGTH_BYTES: Final = 4
 
@@ -85,11 +87,15 @@ def launch_image(port: HardwarePort, shared_fd: int, image: IgvmFile, *, configu
             contents = port.command(HostCommand.CPUID).payload * step.pages
         else:
             contents = bytes(step.pages * PAGE_SIZE) if step.contents is None else step.contents
-        _store(shared_fd, step.gpa, contents)
         if step.kind is StepKind.VMSA:
             vmsas[step.number] = step.gpa
-        if step.page_type is not None:
-            _update(port, step.page_type, step.gpa, step.pages)
+        view = memoryview(contents)
+        for start in range(0, step.pages, _PIECE_PAGES):
+            pages = min(_PIECE_PAGES, step.pages - start)
+            gpa, offset = step.gpa + start * PAGE_SIZE, start * PAGE_SIZE
+            _store(shared_fd, gpa, view[offset : offset + pages * PAGE_SIZE])
+            if step.page_type is not None:
+                _update(port, step.page_type, gpa, pages)
     host_data = hashlib.sha256(configuration).digest()
     return Launched(_finish(port, image, policy, host_data), host_data, tuple(vmsas[index] for index in sorted(vmsas)))
 
@@ -122,7 +128,7 @@ def _finish(port: HardwarePort, image: IgvmFile, policy: int, host_data: bytes) 
     return port.command(HostCommand.LAUNCH_FINISH, 1, int(bool(header.author_key_enabled)), payload=payload).payload
 
 
-def _store(shared_fd: int, gpa: int, contents: bytes | memoryview) -> None:
+def _store(shared_fd: int, gpa: int, contents: memoryview) -> None:
     try:
         written = os.pwrite(shared_fd, contents, gpa)
     except OSError as error:
