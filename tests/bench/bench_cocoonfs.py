@@ -79,9 +79,17 @@ def _opener(image: bytes) -> Callable[[], object]:
     return lambda: Volume.open(device, KEY)
 
 
-def _tool(size: int) -> dict[str, float]:
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _program() -> str | None:
     local = Path(__file__).resolve().parents[2] / ".peers" / "bin" / "cocoonfs"
-    program = str(local) if local.exists() else shutil.which("cocoonfs")
+    return str(local) if local.exists() else shutil.which("cocoonfs")
+
+
+def _tool(size: int) -> dict[str, float]:
+    program = _program()
     if program is None:
         return {}
     with tempfile.TemporaryDirectory() as folder:
@@ -118,14 +126,14 @@ def main(words: list[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     parser.add_argument("--sizes", type=int, nargs="+", default=[8, 128], metavar="MIB")
     arguments = parser.parse_args(words)
+    program = _program()
     result: dict[str, Any] = {
         "schema": 1,
+        "benchmark": "cocoonfs",
+        "commit": _output("git", "rev-parse", "--short", "HEAD"),
+        "machine": {"kernel": platform.release(), "processor": platform.machine(), "cpus": os.cpu_count()},
         "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        "peer": _output(program, "--version") if program else None,
         "milliseconds": {},
     }
     for size in arguments.sizes:

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from svsm.formats.errors import FormatError
 from svsm.storage.cocoonfs.allocation import bits_per_bitmap_block, with_ranges
 from svsm.storage.cocoonfs.aux import aux_extents
-from svsm.storage.cocoonfs.encoding import Extent, merge_ranges
+from svsm.storage.cocoonfs.encoding import Extent, decode_block_pointer, merge_ranges
 from svsm.storage.cocoonfs.entities import authentication_failure
 from svsm.storage.cocoonfs.geometry import TreeGeometry
-from svsm.storage.cocoonfs.image import VolumeContext, decode_bitmap, read_counter
+from svsm.storage.cocoonfs.image import VolumeContext, decode_bitmap, entry_leaf_mac, read_counter
 from svsm.storage.cocoonfs.journal import JournalLog, journal_chain
 from svsm.storage.cocoonfs.keys import JOURNAL_DOMAIN
 from svsm.storage.cocoonfs.layout import MutableHeader, Subject
@@ -236,6 +236,15 @@ class _Replay:
             leaves.update(range(first >> self.geometry.leaf_log2, (last >> self.geometry.leaf_log2) + 1))
         return leaves
 
+    def _check_entry_leaf(self) -> None:
+        """The one field of the new header that the root digest does not cover."""
+        header, length = self.header, self.layout.leaf_ab
+        begin = decode_block_pointer(header.entry_leaf_pointer, length_ab=length, limit_ab=header.image_ab)
+        if begin is None:
+            raise authentication_failure("journal entry leaf pointer")
+        if not equal(entry_leaf_mac(self.layout, self.volume.keys, self.read((begin, length))), header.entry_leaf_hmac):
+            raise authentication_failure("journal entry leaf")
+
     def plan(self) -> ReplayPlan:
         """Everything to write, after the new root digest was found right."""
         header, keys = self.header, self.volume.keys
@@ -250,6 +259,7 @@ class _Replay:
         )
         if not equal(root_digest(self.geometry, keys, root, header.encrypted_counter, context), header.root_hmac):
             raise authentication_failure("journal root")
+        self._check_entry_leaf()
         unit = self.layout.io_ab
         moved = [copy for copy in self.log.copies if copy.target != copy.staging]
         writes = [(copy.target * unit, self._read_io(copy.target, copy.length)) for copy in moved]
