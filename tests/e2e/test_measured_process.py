@@ -243,3 +243,48 @@ def test_strace_sees_no_file_opened_after_the_mark(tmp_path: Path, role: str) ->
     assert opened == []
     executable = [line for line in after if re.search(r"(mmap|mprotect)\(.*PROT_EXEC", line)]
     assert executable == []
+
+
+SYSTEM_PYTHON = Path("/usr/bin/python3")
+ELSEWHERE = """
+import hashlib, os, sys
+sys.path[:0] = {path!r}
+from tests.e2e.payload_process import kernel, probe_payload, service
+payload = probe_payload()
+with kernel() as probe:
+    assert probe.first["event"] == "confined", probe.first
+    assert probe.ask("os.getuid()") == probe.first["isolation"]["uid"]
+with service() as probe:
+    assert probe.ask("call(41)") == 42
+    print(hashlib.sha256(payload.archive).hexdigest(), probe.first["isolation"]["own_uid"])
+"""
+
+
+@pytest.mark.interop
+@pytest.mark.skipif(os.geteuid() != 0, reason="playing another user needs root")
+def test_another_interpreter_and_another_user(tmp_path: Path) -> None:
+    """The distribution's Python, as root and as an ordinary user: same archive, and it runs."""
+    same = SYSTEM_PYTHON.exists() and SYSTEM_PYTHON.resolve() != Path(sys.executable).resolve()
+    version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    if not same or not SYSTEM_PYTHON.resolve().name.startswith(version):
+        pytest.skip(f"no second {version} on this machine")
+    packages = next(entry for entry in sys.path if entry.endswith("site-packages"))
+    script = ELSEWHERE.format(path=[str(ROOT), str(ROOT / "src"), packages])
+    tmp_path.chmod(0o777)
+    found = []
+    for uid in (0, 54321):
+        done = subprocess.run(
+            [str(SYSTEM_PYTHON), "-S", "-c", script],
+            env={"XDG_CACHE_HOME": str(tmp_path / str(uid))},
+            user=uid,
+            group=uid,
+            extra_groups=[],
+            cwd="/",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        found.append(done.stdout.split())
+    assert found[0][0] == found[1][0]
+    assert [own for _, own in found] == ["True", "False"]

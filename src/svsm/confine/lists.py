@@ -85,6 +85,7 @@ _IOCTL = (0x5421, 0x541B, 0x5450, 0x5451)  # FIONBIO, FIONREAD, FIONCLEX, FIOCLE
 _DISK_IOCTL = (0x80081272, 0x1268, 0x127B, 0x1277)  # BLKGETSIZE64, BLKSSZGET, BLKPBSZGET, BLKDISCARD
 _PRCTL = (15, 16, 3, 0x53564D41)  # SET_NAME, GET_NAME, GET_DUMPABLE, SET_VMA (libc names its arenas)
 _AF_UNIX = 1
+_SOCKET_LEVELS = (1, 6)  # SOL_SOCKET, IPPROTO_TCP
 
 _NO_EXEC = (
     Allow(
@@ -146,7 +147,12 @@ _RUNTIME = (
 
 _MESSAGES = (
     Allow(_calls("sendmsg recvmsg sendto recvfrom"), "its channels, with descriptors where the protocol has them"),
-    Allow(_calls("getsockopt getsockname getpeername setsockopt shutdown"), "what kind of socket a descriptor is"),
+    Allow(_calls("getsockopt getsockname getpeername shutdown"), "what kind of socket a descriptor is; ending it"),
+    Allow(
+        _calls("setsockopt"),
+        "lingering and delays of client sockets; no filters of protocols below",
+        Condition(1, Test.ONE_OF, _SOCKET_LEVELS, errno.EPERM),
+    ),
 )
 
 _DISK = (
@@ -169,6 +175,7 @@ _FILES = (
 _NETWORK = (
     Allow(_calls("socket bind listen accept accept4 connect socketpair"), "serving and calling"),
     Allow(_calls("sendmmsg recvmmsg sendfile"), "name resolution and bulk transfer"),
+    Allow(_calls("setsockopt"), "options of its sockets (IPv6 only, addresses in use)"),
 )
 
 _EXEC_MEMORY = (

@@ -132,8 +132,6 @@ def _start(request: _Request, loader: int, descriptors: list[int]) -> int:
 
 
 def _launch(request: _Request, loader: int, descriptors: list[int]) -> Process:
-    if len(descriptors) > _DESCRIPTORS or len(set(request.names)) != len(request.names):
-        raise StateError("too many descriptors, or two of one name", code="spawn-request")
     pid = _start(request, loader, descriptors)
     return Process(pid, os.pidfd_open(pid))
 
@@ -209,6 +207,8 @@ def spawn_service(
 
 
 def _run(request: _Request, loader_text: Buffer, descriptors: list[int], spawner: Spawner | None) -> Process:
+    if len(descriptors) > _DESCRIPTORS:
+        raise StateError("too many descriptors for one process", code="spawn-request", limit=_DESCRIPTORS)
     loader = sealed_memfd("loader", loader_text)
     try:
         if spawner is not None:
@@ -274,6 +274,8 @@ class Spawner:
 
 def start_spawner(keep: frozenset[int] = frozenset(), *, confined: bool = True) -> Spawner:
     """Fork the spawner. Call it before hardware has threads, confines itself or holds memory.
+
+    It dies with the *thread* that calls this: call it from the main one.
 
     Args:
         keep: Descriptors that the spawner keeps besides its socket and 0 to 2: none, normally.
@@ -346,7 +348,7 @@ def _answer(
     if isinstance(start := message.get("start"), dict):
         try:
             running = _launch(_Request(**start), received[0], received[1:])
-        except (OSError, StateError) as error:
+        except OSError as error:
             return {"error": str(error)}, []
         started[running.pid] = None
         return {"pid": running.pid}, [running.descriptor]

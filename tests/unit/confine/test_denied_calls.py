@@ -114,6 +114,7 @@ ERRNO = [
     ("ioctl", (0, 0x5412, 0), errno.ENOTTY),  # TIOCSTI: typing into somebody's terminal
     ("prctl", (4, 1, 0, 0, 0), errno.EPERM),  # PR_SET_DUMPABLE
     ("prlimit64", (1, 7, 0, 0), errno.EPERM),
+    ("setsockopt", (0, 0, 64, 0, 0), errno.EPERM),  # SOL_IP, IPT_SO_SET_REPLACE
     ("memfd_create", (0, 0), errno.EPERM),
 ]
 
