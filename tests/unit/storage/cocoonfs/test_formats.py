@@ -8,12 +8,12 @@ import hashlib
 import hmac as stdlib_hmac
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svsm.formats.cursor import Cursor
 from svsm.formats.errors import FormatError, IntegrityError, SvsmError
-from svsm.storage.cocoonfs import integrity
+from svsm.storage.cocoonfs import Volume, integrity
 from svsm.storage.cocoonfs.allocation import Space, pack_states, parse_states
 from svsm.storage.cocoonfs.encoding import (
     NIL,
@@ -34,8 +34,9 @@ from svsm.storage.cocoonfs.geometry import FixedPlaces, TreeGeometry, plan_tree
 from svsm.storage.cocoonfs.index import NodeFormat
 from svsm.storage.cocoonfs.journal import Disguise, JournalLog
 from svsm.storage.cocoonfs.keys import Keys
-from svsm.storage.cocoonfs.layout import DEFAULT_LAYOUT, MutableHeader, StaticHeader
+from svsm.storage.cocoonfs.layout import DEFAULT_LAYOUT, ImageLayout, MutableHeader, StaticHeader
 from svsm.storage.cocoonfs.primitives import checksum, cipher_algorithm, hash_algorithm, kdf_a
+from svsm.storage.drivers.memory import MemoryDevice
 
 LIMIT = 1 << 20
 STATIC = StaticHeader(DEFAULT_LAYOUT, b"\xdd\xee\xff")
@@ -167,6 +168,33 @@ def test_hostile_static_header(data: bytes) -> None:
         with contextlib.suppress(FormatError):
             measured = StaticHeader.measure(head[:128])
             measured.parse_contents(head.ljust(measured.size_bytes, b"\0"))
+
+
+LAYOUT_BYTES = st.tuples(*[st.one_of(st.integers(0, 8), st.integers(0, 255))] * 7).map(bytes)
+ALGORITHMS = st.lists(st.sampled_from([4, 0xB, 0xC, 0xD, 0x12, 0x27, 0x28, 0x29]), min_size=5, max_size=5)
+CIPHERS = st.sampled_from([(6, 128), (6, 192), (0x13, 128), (0x26, 256), (3, 128), (6, 64)])
+
+
+@settings(deadline=None)
+@given(LAYOUT_BYTES, ALGORITHMS, CIPHERS, st.binary(max_size=255), st.binary(min_size=64, max_size=600))
+def test_any_configuration_with_a_valid_checksum(
+    sizes: bytes, hashes: list[int], cipher: tuple[int, int], salt: bytes, rest: bytes
+) -> None:
+    """An attacker can put any configuration into the header; without the key it leads nowhere, quickly."""
+    numbers = b"".join(number.to_bytes(2, "big") for number in [*hashes, *cipher])
+    layout = ImageLayout.parse(sizes + numbers)
+    device = MemoryDevice(1 << 20, block_size_bytes=128)
+    if layout.allocation_block_size_128b_log2 + layout.io_block_allocation_blocks_log2 <= 12:
+        packed = StaticHeader(layout, salt).pack()
+        device.data[: len(packed)] = packed
+        stretch = (rest * (4096 // len(rest) + 1))[:4096]
+        device.data[len(packed) : len(packed) + 4096] = stretch
+        device.data[1 << 20 :] = b""
+    else:
+        head = b"COCOONFS\x01" + layout.pack() + bytes([len(salt)])
+        device.data[:128] = integrity.protect(head.ljust(128, b"\0"), section=31, head_skip=8, io_block_bytes=128)
+    with pytest.raises(SvsmError):
+        Volume.open(device, b"key")
 
 
 def test_headers_round_trip() -> None:
