@@ -269,7 +269,7 @@ class Hypervisor:
             return message.answer(0, ghcb.VmmError.INVALID_LENGTH << 32, needed)
         status = self._relay(request_gpa, response_gpa)
         if not status and self._certificates and data_gpa % _PAGE == 0:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, OverflowError):
                 os.pwrite(self._shared_fd, self._certificates, data_gpa)
         return message.answer(0, status, pages)
 
@@ -291,7 +291,7 @@ class Hypervisor:
     def _shared(self, gpa: int, length: int) -> bytes:
         try:
             return os.pread(self._shared_fd, length, gpa)
-        except OSError:
+        except (OSError, OverflowError):
             return b""
 
     # ---- the guest -----------------------------------------------------------------------------------------------
