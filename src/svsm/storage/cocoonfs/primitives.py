@@ -17,7 +17,9 @@ import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import constant_time, hashes, hmac
 from cryptography.hazmat.primitives.ciphers import BlockCipherAlgorithm, Cipher, algorithms, modes
 
@@ -75,13 +77,22 @@ _HASHES = {
 }
 
 
+@cache
+def _hash_works(tcg_id: int) -> bool:
+    """Known here, and not left out of the OpenSSL that is used."""
+    try:
+        return tcg_id in _HASHES and bool(_HASHES[tcg_id].digest(b""))
+    except UnsupportedAlgorithm:
+        return False
+
+
 def hash_algorithm(tcg_id: int) -> HashAlgorithm:
     """The hash with this TCG identifier.
 
     Raises:
         FormatError: ``cocoonfs-unsupported-hash``.
     """
-    if tcg_id not in _HASHES:
+    if not _hash_works(tcg_id):
         raise FormatError("this volume uses a hash that is not supported", code="cocoonfs-unsupported-hash", got=tcg_id)
     return _HASHES[tcg_id]
 
@@ -154,13 +165,24 @@ class CipherAlgorithm:
         return cipher.encryptor().update(plaintext)
 
 
+@cache
+def _cipher_works(tcg_id: int, key_bits: int) -> bool:
+    """Known here, and not left out of the OpenSSL, or of the measured payload, that is used."""
+    try:
+        return (tcg_id, key_bits) in _CIPHERS and callable(
+            CipherAlgorithm(tcg_id, key_bits).encryptor(bytes(key_bits // 8))
+        )
+    except (UnsupportedAlgorithm, ImportError):
+        return False
+
+
 def cipher_algorithm(tcg_id: int, key_bits: int) -> CipherAlgorithm:
     """The cipher with this TCG identifier and key size.
 
     Raises:
         FormatError: ``cocoonfs-unsupported-cipher``.
     """
-    if (tcg_id, key_bits) not in _CIPHERS:
+    if not _cipher_works(tcg_id, key_bits):
         raise FormatError(
             "this volume uses a cipher that is not supported",
             code="cocoonfs-unsupported-cipher",
