@@ -7,12 +7,13 @@ same JWE); RFC 5869 appendix A.1 and A.3 (HKDF); RFC 7518 appendix C (Concat KDF
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.keywrap import aes_key_wrap
 
 from svsm.crypto import binding, jwe
 from svsm.crypto.ephemeral import EphemeralKey, check_point
@@ -125,11 +126,25 @@ def test_fresh_values_each_time_and_a_round_trip() -> None:
 
 
 def test_the_header_must_name_the_point_that_is_used() -> None:
-    key, other = EphemeralKey.generate(), EphemeralKey.generate()
-    made = jwe.encrypt(b"secret", recipient_x=key.x, recipient_y=key.y)
-    header = JweHeader(epk_x=other.x, epk_y=other.y).protected()
-    with pytest.raises(IntegrityError):
-        jwe.decrypt(made.ciphertext, dataclasses.replace(made.decryption(), aad=header.encode()), key=key)
+    """A sender who authenticates a header with one point and uses another is refused, though everything opens."""
+    key, sender, other = EphemeralKey.generate(), EphemeralKey.generate(), EphemeralKey.generate()
+    kek = concat_kdf(sender.exchange(key.x, key.y), algorithm=b"ECDH-ES+A256KW", length=32)
+    for named in (sender, other):
+        aad = JweHeader(epk_x=named.x, epk_y=named.y).protected().encode()
+        sealed = AESGCM(b"c" * 32).encrypt(b"i" * 12, b"secret", aad)
+        parts = Decryption(
+            epk_x=sender.x,
+            epk_y=sender.y,
+            wrapped_cek=aes_key_wrap(kek, b"c" * 32),
+            aad=aad,
+            iv=b"i" * 12,
+            tag=sealed[-16:],
+        )
+        if named is sender:
+            assert jwe.decrypt(sealed[:-16], parts, key=key) == b"secret"
+            continue
+        with pytest.raises(IntegrityError):
+            jwe.decrypt(sealed[:-16], parts, key=key)
 
 
 @pytest.mark.parametrize("length", [0, 65, 67])
