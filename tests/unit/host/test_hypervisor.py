@@ -11,12 +11,18 @@ import time
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
 from svsm.abi.platform import Device, DeviceKind
 from svsm.formats.errors import FormatError, ProtocolError, SvsmError
-from svsm.formats.igvm import HeaderType, IgvmBuilder, IgvmFile, PlatformType
+from svsm.formats.igvm import HeaderType, IgvmBuilder, IgvmFile, PageDataType, PlatformType
+from svsm.formats.igvm.layout import PublicKey, Signature, SnpIdBlock
 from svsm.formats.snp.firmware_status import FirmwareStatus
+from svsm.formats.snp.id_block import IdBlock, PspPublicKey, key_digest
 from svsm.formats.snp.page_info import KVM_VMSA_GPA
+from svsm.formats.snp.report import parse_report
 from svsm.formats.snp.vmsa import Vmsa
 from svsm.hardware.machine import run_hardware
 from svsm.hardware.memory import PhysicalMemory
@@ -38,7 +44,7 @@ def builder(policy: int = POLICY) -> IgvmBuilder:
 
 def with_start(made: IgvmBuilder) -> bytes:
     made.pages(0x1_0000, b"pass\n")
-    made.page(0x1000)
+    made.page(0x1000, data_type=PageDataType.SECRETS)
     made.vp_context(KVM_VMSA_GPA, Vmsa(efer=0x1000, rip=0x1_0000, rcx=5, rbx=0x1000, rsi=0x1000).pack(), vp_index=0)
     return made.finish().pack()
 
@@ -117,6 +123,70 @@ def test_an_image_with_a_policy_that_the_platform_does_not_keep() -> None:
     with pytest.raises(ProtocolError) as error, running_machine(with_start(builder(POLICY | 1 << 22))):
         pass
     assert error.value.details["status"] == FirmwareStatus.POLICY_FAILURE
+
+
+# ---- ID block ----------------------------------------------------------------------------------------------------
+
+
+def id_block_of(image: bytes, *, digest: bytes | None = None, svn: int = 7) -> tuple[SnpIdBlock, bytes]:
+    """An ID block header for an image of policy `POLICY`, signed by a fresh key; and that key's digest."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    signed = IdBlock(
+        digest or launch_digest(IgvmFile.parse(image)), b"F" * 16, b"I" * 16, version=1, guest_svn=svn, policy=POLICY
+    )
+    r, s = decode_dss_signature(key.sign(signed.pack(), ec.ECDSA(hashes.SHA384())))
+    numbers = key.public_key().public_numbers()
+    x, y = numbers.x.to_bytes(72, "little"), numbers.y.to_bytes(72, "little")
+    header = SnpIdBlock(
+        compatibility_mask=1,
+        author_key_enabled=0,
+        reserved_0x5=bytes(3),
+        ld=signed.launch_digest,
+        family_id=signed.family_id,
+        image_id=signed.image_id,
+        version=1,
+        guest_svn=svn,
+        id_key_algorithm=1,
+        author_key_algorithm=0,
+        id_key_signature=Signature(r.to_bytes(72, "little"), s.to_bytes(72, "little")),
+        id_public_key=PublicKey(2, 0, x, y),
+        author_key_signature=Signature(bytes(72), bytes(72)),
+        author_public_key=PublicKey(0, 0, bytes(72), bytes(72)),
+    )
+    return header, key_digest(PspPublicKey(2, x, y, bytes(880)))
+
+
+def with_id_block(header: SnpIdBlock) -> bytes:
+    made = builder()
+    made.id_block(header)
+    return with_start(made)
+
+
+def test_an_image_with_an_id_block() -> None:
+    header, digest = id_block_of(with_start(builder()))
+    with running_machine(with_id_block(header)) as machine:
+        report = parse_report(machine.platform.report(bytes(64)).report)
+    assert report.id_key_digest == digest
+    assert (report.family_id, report.image_id, report.guest_svn) == (b"F" * 16, b"I" * 16, 7)
+    assert report.author_key_digest == bytes(48)
+    assert not report.author_key_enabled
+
+
+@pytest.mark.parametrize(
+    ("case", "status"),
+    [
+        ("another image", FirmwareStatus.BAD_MEASUREMENT),
+        ("changed after signing", FirmwareStatus.BAD_SIGNATURE),
+    ],
+)
+def test_an_id_block_that_does_not_hold(case: str, status: int) -> None:
+    image = with_start(builder())
+    header, _ = id_block_of(image, digest=bytes(48) if case == "another image" else None)
+    if case != "another image":
+        header = header.replace(guest_svn=8)
+    with pytest.raises(ProtocolError) as error, running_machine(with_id_block(header)):
+        pass
+    assert error.value.details["status"] == status
 
 
 def test_clients_of_listening_sockets_are_handed_over(tmp_path: Path) -> None:
