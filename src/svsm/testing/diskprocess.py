@@ -6,8 +6,9 @@ flushed is gone, or, with ``loss="tear"``, a random subset of its 128-byte piece
 applies the subset afterwards, from a copy of the cache that the disk keeps in a second file).
 It can be restarted on the same file as often as needed.
 
-Run as a program: ``python -m svsm.testing.diskprocess FILE SOCKET`` listens on a Unix socket and serves one
-connection after the other; SIGKILL is the power cut then, and unflushed writes are dropped.
+Run as a program: ``python -m svsm.testing.diskprocess FILE SOCKET [SPILL]`` listens on a Unix socket and serves one
+connection after the other. SIGKILL is the power cut then; unflushed writes are dropped, unless `tear` brings
+some of them from the spill file to the disk afterwards.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ from svsm.storage.drivers.remote import (
     RemoteDevice,
 )
 
-__all__ = ["CachedDisk", "DiskProcess", "main", "serve"]
+__all__ = ["CachedDisk", "DiskProcess", "main", "serve", "tear"]
 
 _PIECE = 128
+_SPILL_HEADER = 16
 Loss = Literal["drop", "tear"]
 
 
@@ -165,32 +167,40 @@ class DiskProcess:
         os.waitpid(self.pid, 0)
         self.pid = 0
         if loss == "tear" and self._spill is not None:
-            self._tear(random.Random(seed))
+            tear(self._path, self._spill, seed=seed)
 
-    def _tear(self, rng: random.Random) -> None:
-        if self._spill is None:
-            return
-        spilled = self._spill.read_bytes()
-        at = 0
-        share = rng.random()
-        with self._path.open("r+b") as file:
-            while at + 16 <= len(spilled):
-                offset = int.from_bytes(spilled[at : at + 8], "little")
-                length = int.from_bytes(spilled[at + 8 : at + 16], "little")
-                data = spilled[at + 16 : at + 16 + length]
-                at += 16 + length
-                for piece in range(0, len(data), _PIECE):
-                    if rng.random() < share:
-                        file.seek(offset + piece)
-                        file.write(data[piece : piece + _PIECE])
+
+def tear(path: Path, spill: Path, *, seed: int) -> None:
+    """What a disk that was killed may still have written: a random subset of what its cache held.
+
+    Args:
+        path: The disk's file.
+        spill: The copy of its cache.
+        seed: Decides which 128-byte pieces.
+    """
+    rng = random.Random(seed)
+    share = rng.random()
+    spilled = spill.read_bytes()
+    at = 0
+    with path.open("r+b") as file:
+        while at + _SPILL_HEADER <= len(spilled):
+            offset = int.from_bytes(spilled[at : at + 8], "little")
+            length = int.from_bytes(spilled[at + 8 : at + _SPILL_HEADER], "little")
+            data = spilled[at + _SPILL_HEADER : at + _SPILL_HEADER + length]
+            at += _SPILL_HEADER + length
+            for piece in range(0, len(data), _PIECE):
+                if rng.random() < share:
+                    file.seek(offset + piece)
+                    file.write(data[piece : piece + _PIECE])
 
 
 def main(arguments: list[str]) -> int:
-    """``FILE SOCKET``: serve the file on a Unix socket until killed."""
-    if len(arguments) != 2:
-        print("usage: diskprocess FILE SOCKET", file=sys.stderr)
+    """``FILE SOCKET [SPILL]``: serve the file on a Unix socket until killed."""
+    if not 2 <= len(arguments) <= 3:
+        print("usage: diskprocess FILE SOCKET [SPILL]", file=sys.stderr)
         return 2
     path, address = Path(arguments[0]), arguments[1]
+    spill = Path(arguments[2]) if len(arguments) == 3 else None
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(address)
         listener.listen(1)
@@ -198,7 +208,7 @@ def main(arguments: list[str]) -> int:
             connection, _ = listener.accept()
             # Each connection starts with an empty cache: what the last one did not flush is lost.
             with connection, contextlib.suppress(OSError, SvsmError):
-                serve(connection, CachedDisk(path, block_size_bytes=512, spill=None))
+                serve(connection, CachedDisk(path, block_size_bytes=512, spill=spill))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from svsm.storage.drivers.remote import RemoteDevice
 from svsm.testing import diskprocess
 
 
-def _start(path: Path, address: Path) -> tuple[subprocess.Popen[bytes], socket.socket]:
+def _start(path: Path, address: Path, *more: str) -> tuple[subprocess.Popen[bytes], socket.socket]:
     address.unlink(missing_ok=True)
-    process = subprocess.Popen([sys.executable, "-m", "svsm.testing.diskprocess", str(path), str(address)])
+    process = subprocess.Popen([sys.executable, "-m", "svsm.testing.diskprocess", str(path), str(address), *more])
     deadline = time.monotonic() + 20
     while True:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -50,6 +50,32 @@ def test_program(tmp_path: Path) -> None:
     device.close()
     process.kill()
     process.wait()
+
+
+def test_torn_cache(tmp_path: Path) -> None:
+    """Some of what was in the cache, and nothing else, may be on the disk after a power cut."""
+    path, spill = tmp_path / "disk", tmp_path / "spill"
+    path.write_bytes(bytes(64 << 10))
+    process, connection = _start(path, tmp_path / "socket", str(spill))
+    device = RemoteDevice(connection)
+    device.write([(0, b"flushed " * 64)])
+    device.flush()
+    device.write([(0, b"lost" * 128), (4096, b"torn" * 1024)])
+    process.kill()
+    process.wait()
+    device.close()
+    before = path.read_bytes()
+    assert before == (b"flushed " * 64).ljust(64 << 10, b"\0")
+    seen = set()
+    for seed in range(20):
+        path.write_bytes(before)
+        diskprocess.tear(path, spill, seed=seed)
+        after = path.read_bytes()
+        for at in range(0, len(after), 128):
+            written = b"lost" * 32 if at < 512 else b"torn" * 32 if 4096 <= at < 8192 else before[at : at + 128]
+            assert after[at : at + 128] in (before[at : at + 128], written)
+        seen.add(after)
+    assert len(seen) > 10
 
 
 def test_usage() -> None:
