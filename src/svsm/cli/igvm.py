@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from svsm.formats.snp.digest import KnownDigests
     from svsm.launch.id_block import IdBlockCheck
 
-__all__ = ["HELP", "configure"]
+__all__ = ["HELP", "configure", "read_broker_key"]
 
 HELP = "build, inspect and measure IGVM images"
 
@@ -179,7 +179,7 @@ def _own_image(arguments: argparse.Namespace) -> IgvmFile:
     from svsm.formats.settings import Settings
     from svsm.launch.build import describe_image
 
-    settings = Settings(_broker_key(arguments.broker_key)).pack()
+    settings = Settings(read_broker_key(arguments.broker_key)).pack()
     try:
         payload = importlib.import_module("svsm.launch.payload").build_payload()
     except ModuleNotFoundError as error:
@@ -189,7 +189,7 @@ def _own_image(arguments: argparse.Namespace) -> IgvmFile:
     return describe_image(loader=payload.loader, archive=payload.archive, settings=settings, policy=arguments.policy)
 
 
-def _broker_key(path: Path) -> bytes:
+def read_broker_key(path: Path) -> bytes:
     """SubjectPublicKeyInfo of a P-384 key in a PEM file."""
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric import ec

@@ -79,12 +79,12 @@ class Progress:
         else:
             self._line(f"! {text}", style="33")
 
-    def event(self, name: str, **members: object) -> None:
+    def event(self, name: str, /, **members: object) -> None:
         """An event for programs; people see it only through `fact` and `note`."""
         if self._as_json:
             self._emit(name, **members)
 
-    def _emit(self, event: str, **members: object) -> None:
+    def _emit(self, event: str, /, **members: object) -> None:
         print(
             json.dumps({"schema": SCHEMA, "event": event, "at_ms": self.elapsed_ms, **members}),
             file=self._out,

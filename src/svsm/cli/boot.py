@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""`svsm boot`: the main job. Builds, measures, launches, attests, opens the volume, serves the TPMs."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from svsm.cli.supervisor.bodies import Disk
+
+__all__ = ["configure"]
+
+_STARTED = time.monotonic()
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `svsm boot`."""
+    parser.add_argument("--state", type=Path, metavar="DIR", help="state directory ($XDG_STATE_HOME/svsm)")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="boot this IGVM image instead of building one")
+    parser.add_argument("--broker", metavar="URL", help="a broker elsewhere, instead of the embedded one")
+    parser.add_argument("--broker-key", type=Path, metavar="PEM", help="that broker's public key, to pin in the image")
+    parser.add_argument("--serial", type=Path, metavar="SOCKET", help="a proxy elsewhere that listens on this socket")
+    parser.add_argument(
+        "--disk", metavar="KIND:PATH", help="file:PATH or process:SOCKET (default: an 8 MiB file in the state)"
+    )
+    parser.add_argument(
+        "--tpm-tcp", type=int, metavar="PORT", help="serve the TPM on loopback too: data on PORT, control on PORT+1"
+    )
+    parser.add_argument("--landlock-abi", type=int, metavar="N", help="use no newer Landlock than this (for tests)")
+    parser.add_argument("--json", action="store_true", help="one JSON event per line")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from svsm.cli.supervisor.progress import Progress
+    from svsm.cli.supervisor.session import Options, Session
+    from svsm.cli.supervisor.state import default_directory
+
+    options = Options(
+        state=(arguments.state or default_directory()).absolute(),
+        image=arguments.image,
+        broker=arguments.broker,
+        broker_key=arguments.broker_key,
+        serial=arguments.serial,
+        disk=_disk(arguments.disk),
+        tcp_port=arguments.tpm_tcp,
+        landlock_cap=arguments.landlock_abi,
+        debug=arguments.debug,
+    )
+    return Session(options, Progress(as_json=arguments.json, started=_STARTED)).run()
+
+
+def _disk(text: str | None) -> Disk | None:
+    from svsm.cli.supervisor.bodies import Disk
+    from svsm.formats.errors import StateError
+
+    if text is None:
+        return None
+    found = re.fullmatch(r"(file|process):(.+)", text)
+    if found is None:
+        raise StateError(
+            f"{text} is not a disk that can be used yet",
+            code="boot-disk",
+            hint="use file:PATH or process:SOCKET; virtio, NVMe and vhost-user are not built yet",
+        )
+    return Disk(Path(found[2]).absolute(), process=found[1] == "process", create_bytes=None)

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""What each role does once it is forked: take its uid, confine itself, serve.
+
+The order inside is the same everywhere: what needs the file system or privileges first, then `enter`, then the first
+byte from outside. `preload` imports what the roles will need, in the supervisor, so that all of them share it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from svsm.cli.supervisor.roles import Emit
+from svsm.confine import PathRule, enter
+from svsm.confine.identity import role_uid
+from svsm.confine.lists import Role
+from svsm.formats.errors import BackendError
+
+if TYPE_CHECKING:
+    from svsm.broker.service import Broker
+
+__all__ = ["Disk", "HostDevices", "broker_body", "hardware_body", "host_body", "preload", "proxy_body", "vcpu_body"]
+
+_BUFFER_BYTES = 1 << 16
+
+
+_PRELOAD = (
+    "encodings.idna",
+    "encodings.latin_1",
+    "sqlite3",
+    "ssl",
+    "stringprep",
+    "traceback",
+    "svsm.broker.app",
+    "svsm.broker.service",
+    "svsm.hardware.machine",
+    "svsm.hardware.machine_store",
+    "svsm.hardware.processes",
+    "svsm.hardware.vcpu",
+    "svsm.host.devices.guest_driver",
+    "svsm.host.hypervisor",
+    "svsm.host.proxy",
+)
+
+
+def preload() -> None:
+    """Import what the roles need while the file system is there."""
+    for name in _PRELOAD:
+        importlib.import_module(name)
+
+
+def _enter_folder(folder: Path, uid: int | None) -> str:
+    """Make `folder` all that is left of the file system where that is possible; its path from then on."""
+    if uid is None:
+        return str(folder)
+    for entry in [folder, *folder.iterdir()]:
+        os.chown(entry, uid, uid)
+    os.chroot(folder)
+    os.chdir("/")
+    return "/"
+
+
+def broker_body(folder: Path, listener: socket.socket, control: socket.socket) -> Callable[[Emit, int], None]:
+    """The embedded broker: serves HTTP on `listener`, enrols on `control` (one JSON request per packet)."""
+
+    def body(emit: Emit, supervisor: int) -> None:
+        from svsm.broker.app import serve
+        from svsm.broker.service import Broker
+
+        uid = role_uid(Role.BROKER)
+        path = _enter_folder(folder, uid)
+        isolation = enter(
+            Role.BROKER, uid=uid, landlock_rules=[PathRule(path, write=True)], tcp=True, parent=supervisor
+        )
+        broker = Broker.open(path)
+        emit("broker", public_key=broker.public_key.hex(), isolation=isolation.as_json())
+        server = serve(broker, listener)
+        server.start()
+        while True:
+            data = control.recv(_BUFFER_BYTES)
+            if not data:
+                break
+            control.send(json.dumps(_enrol(broker, json.loads(data))).encode())
+        server.stop()
+        broker.close()
+
+    return body
+
+
+def _enrol(broker: Broker, request: Mapping[str, str]) -> dict[str, object]:
+    """Create the volume's row if there is none; a digest is allowed only then, by the owner otherwise."""
+    from svsm.formats.errors import StateError, SvsmError
+    from svsm.formats.launch_configuration import LaunchConfiguration
+
+    configuration = LaunchConfiguration.parse(bytes.fromhex(request["configuration"]))
+    try:
+        row = broker.volume(configuration.volume_id)
+        created = False
+    except StateError:
+        try:
+            row = broker.create_volume(
+                configuration, root=request["root"], allowed=[bytes.fromhex(request["launch_digest"])]
+            )
+        except SvsmError as error:
+            return {"error": error.code, "message": str(error)}
+        created = True
+    return {"created": created, "state": row.state.value}
+
+
+def proxy_body(listener: socket.socket, url: str) -> Callable[[Emit, int], None]:
+    """The proxy between the serial socket and the broker."""
+
+    def body(emit: Emit, supervisor: int) -> None:
+        from svsm.host.proxy import serve
+
+        rules = [PathRule(path) for path in ("/etc/ssl", "/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf")]
+        isolation = enter(Role.PROXY, uid=role_uid(Role.PROXY), landlock_rules=rules, tcp=True, parent=supervisor)
+        emit("proxy", isolation=isolation.as_json())
+        serve(listener, url)
+
+    return body
+
+
+def hardware_body(
+    folder: Path,
+    host: socket.socket,
+    vcpu: socket.socket | None,
+    memory: Mapping[str, int],
+    kernel_descriptors: Mapping[str, int],
+    *,
+    console: int,
+    tpms: int,
+    landlock_cap: int | None,
+) -> Callable[[Emit, int], None]:
+    """The chip."""
+
+    def body(emit: Emit, supervisor: int) -> None:
+        from svsm.hardware.machine import run_hardware
+        from svsm.hardware.machine_store import load_machine
+        from svsm.hardware.processes import ConfinedProcesses
+        from svsm.hardware.spawn import start_spawner
+
+        spawner = start_spawner()
+        chip = load_machine(folder).chip()
+        service_uids = [role_uid(Role.SERVICE, number) for number in range(tpms)]
+        processes = ConfinedProcesses(
+            spawner,
+            kernel_uid=role_uid(Role.KERNEL),
+            service_uids=[uid for uid in service_uids if uid is not None],
+            console=os.dup(console),
+            landlock_cap=landlock_cap,
+        )
+        isolation = enter(Role.HARDWARE, uid=role_uid(Role.HARDWARE), parent=supervisor, landlock_cap=landlock_cap)
+        emit("hardware", isolation=isolation.as_json())
+        reason = run_hardware(
+            host,
+            vcpu,
+            chip,
+            processes,
+            memory=memory,
+            kernel_descriptors={**kernel_descriptors, "console": console},
+        )
+        emit("hardware-ended", reason=reason.value)
+
+    return body
+
+
+def vcpu_body(sock: socket.socket, *, vmpl2: int, shared: int, landlock_cap: int | None) -> Callable[[Emit, int], None]:
+    """The process that executes guest code."""
+
+    def body(emit: Emit, supervisor: int) -> None:
+        from svsm.hardware.vcpu import load_engine, run_vcpu
+
+        load_engine()
+        isolation = enter(Role.VCPU, uid=role_uid(Role.VCPU), parent=supervisor, landlock_cap=landlock_cap)
+        emit("vcpu", isolation=isolation.as_json())
+        run_vcpu(sock, vmpl2_fd=vmpl2, shared_fd=shared)
+
+    return body
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Disk:
+    """Where the disk is."""
+
+    path: Path
+    process: bool
+    """A disk process listens at `path`; otherwise it is a file or block device."""
+    create_bytes: int | None
+    """Size of a file to make where there is none; None: it must exist."""
+
+    def open(self) -> int:
+        """A descriptor for the kernel.
+
+        Raises:
+            BackendError: ``disk-open``.
+        """
+        try:
+            if self.process:
+                return _connect(self.path)
+            flags = os.O_RDWR | os.O_CLOEXEC
+            if self.create_bytes is None:
+                return os.open(self.path, flags)
+            descriptor = os.open(self.path, flags | os.O_CREAT, 0o600)
+            if os.fstat(descriptor).st_size == 0:
+                os.ftruncate(descriptor, self.create_bytes)
+            return descriptor
+        except OSError as failed:
+            raise BackendError(
+                f"the disk {self.path} cannot be opened: {failed.strerror}",
+                code="disk-open",
+                hint="check the path, its permissions and that a disk process listens there if one should",
+            ) from failed
+
+
+def _connect(path: Path) -> int:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.connect(str(path))
+        return connection.detach()
+
+
+def _serial(path: Path) -> int:
+    try:
+        return _connect(path)
+    except OSError as failed:
+        raise BackendError(
+            f"no proxy listens on {path}: {failed.strerror}",
+            code="serial-connect",
+            hint="start one with: svsm proxy --url URL --serial SOCKET",
+        ) from failed
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HostDevices:
+    """What the host offers to the VM."""
+
+    serial: Path
+    """The proxy's listening socket."""
+    disk: Disk
+    fronts: tuple[tuple[socket.socket, int, int], ...]
+    """Listening sockets: (socket, TPM index, port: 0 control, 1 data)."""
+    guest_driver: socket.socket | None
+    """Listening: who connects makes the guest do SVSM calls."""
+
+
+def host_body(
+    hardware: socket.socket,
+    kernel: socket.socket,
+    shared: int,
+    image: bytes,
+    configuration: bytes,
+    devices: HostDevices,
+    control: socket.socket,
+) -> Callable[[Emit, int], None]:
+    """The hypervisor: the attacker's seat."""
+
+    def body(emit: Emit, supervisor: int) -> None:
+        from svsm.formats.errors import SvsmError
+        from svsm.formats.igvm import IgvmFile
+        from svsm.formats.snp.ghcb import DeviceKind
+        from svsm.host.devices.guest_driver import GuestDriver
+        from svsm.host.hardware_port import HardwarePort
+        from svsm.host.hypervisor import DeviceOffer, Hypervisor, Listener
+
+        serial, disk = _serial(devices.serial), devices.disk.open()
+        isolation = enter(Role.HOST, uid=role_uid(Role.HOST), tcp=True, parent=supervisor)
+        emit("host", isolation=isolation.as_json())
+        port = HardwarePort(hardware)
+        hypervisor = Hypervisor(
+            port,
+            kernel,
+            shared,
+            listeners=[Listener(*front) for front in devices.fronts],
+            notify=lambda name, details: emit(f"host-{name}", **details),
+        )
+        try:
+            launched = hypervisor.launch(IgvmFile.parse(image), configuration)
+            hypervisor.offer(DeviceOffer(DeviceKind.SERIAL, serial))
+            hypervisor.offer(DeviceOffer(DeviceKind.DISK, disk))
+            hypervisor.start(launched)
+        except SvsmError:
+            port.stop()
+            raise
+        if devices.guest_driver is not None:
+            GuestDriver(devices.guest_driver, shared, hypervisor.interrupt).start()
+        threading.Thread(target=_obey, args=(control, hypervisor.shutdown), daemon=True).start()
+        hypervisor.serve()
+
+    return body
+
+
+def _obey(control: socket.socket, shutdown: Callable[[], None]) -> None:
+    """Press the power button when the supervisor says so, or is gone."""
+    with contextlib.suppress(OSError):
+        control.recv(1)
+    shutdown()

@@ -1,0 +1,573 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""One boot, in order: image, machine, broker and proxy, then the VM; and what follows until it stops.
+
+The supervisor makes every descriptor, gives it to the role that shall hold it and closes its own copy. After that it
+reads event lines and waits. The chip's own launch digest is compared with the one computed from the file; the broker
+enrols the digest only when it creates the volume's row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import secrets
+import selectors
+import signal
+import socket
+import time
+from pathlib import Path
+
+from svsm.cli.supervisor import bodies
+from svsm.cli.supervisor.bodies import Disk, HostDevices
+from svsm.cli.supervisor.demonstration import guest_random, socket_random
+from svsm.cli.supervisor.progress import Progress
+from svsm.cli.supervisor.roles import Role, start_role
+from svsm.cli.supervisor.state import StateDirectory
+from svsm.formats.errors import BackendError, IntegrityError, PolicyError, StateError, SvsmError
+from svsm.formats.launch_configuration import LaunchConfiguration, TpmConfiguration, TpmFront
+
+__all__ = ["Options", "Session"]
+
+_START_SECONDS = 90.0
+_STOP_SECONDS = 15.0
+_DISK_BYTES = 8 << 20
+_TPMS = (TpmConfiguration("vtpm0", TpmFront.SOCKET), TpmConfiguration("guest0", TpmFront.SVSM))
+_BACKLOG = 16
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Options:
+    """What `svsm boot` was asked for."""
+
+    state: Path
+    image: Path | None = None
+    broker: str | None = None
+    broker_key: Path | None = None
+    serial: Path | None = None
+    disk: Disk | None = None
+    tcp_port: int | None = None
+    landlock_cap: int | None = None
+    debug: bool = False
+
+
+class Session:
+    """One instance, from its start to its end.
+
+    Args:
+        options: What was asked for.
+        progress: Where to report.
+    """
+
+    def __init__(self, options: Options, progress: Progress) -> None:
+        self._options = options
+        self._progress = progress
+        self._roles: dict[str, Role] = {}
+        self._selector = selectors.DefaultSelector()
+        self._ready: dict[str, object] = {}
+        self._facts: dict[str, dict[str, object]] = {}
+        self._reduced: list[str] = []
+        self._failure: SvsmError | None = None
+        self._stop_asked = False
+        self._power: socket.socket | None = None
+        self._console_fd: int | None = None
+        self._console = b""
+        self._minting_seconds = 0.0
+
+    def run(self) -> int:
+        """Boot, serve, stop.
+
+        Returns:
+            0 after an orderly stop.
+
+        Raises:
+            SvsmError: Why it did not boot, or ended.
+        """
+        state = StateDirectory.open_for_boot(self._options.state)
+        started = time.monotonic()
+        self._catch_signals()
+        try:
+            self._boot(state)
+            boot_ms = round((time.monotonic() - started - self._minting_seconds) * 1000)
+            self._announce(state, boot_ms)
+            self._serve()
+        finally:
+            self._tear_down()
+        if self._failure is not None:
+            raise self._failure
+        self._progress.event("stopped")
+        return 0
+
+    # --- boot ---
+
+    def _boot(self, state: StateDirectory) -> None:
+        progress = self._progress
+        machine_root = self._machine(state)
+        with progress.step("image", "Image"):
+            bodies.preload()
+            broker_key = self._start_broker(state)
+            image, launch_digest, payload_digest = self._image(broker_key)
+        configuration = LaunchConfiguration(volume_id=str(state.volume_id), name=state.name, tpms=_TPMS)
+        with progress.step("services", "Broker and proxy"):
+            self._enrol(configuration, machine_root, launch_digest)
+            serial = self._start_proxy(state)
+        with progress.step("machine", "Simulated SEV-SNP machine"):
+            fronts, tcti = self._fronts(state)
+            driver = _listen(state.folder("run") / "guest.sock")
+            disk = self._options.disk or Disk(
+                state.folder("host") / "disk.img", process=False, create_bytes=_DISK_BYTES
+            )
+            devices = HostDevices(serial=serial, disk=disk, fronts=fronts, guest_driver=driver)
+            self._start_machine(state, image, configuration, devices)
+            chip_digest = str(self._await("host-launched")["digest"])
+            if chip_digest != launch_digest:
+                raise IntegrityError(
+                    "the chip measured something else than the file says",
+                    code="boot-digest",
+                    hint="the image was altered between measuring and launching",
+                    expected=launch_digest,
+                    got=chip_digest,
+                )
+            progress.fact("chip_digest", "equals the launch digest computed from the file", label="chip")
+        self._kernel_steps()
+        self._ready = {
+            "tcti": tcti,
+            "launch_digest": launch_digest,
+            "payload_digest": payload_digest,
+            **self._tpm_names(),
+            "volume_id": str(state.volume_id),
+            "broker": self._options.broker or self._broker_url,
+            "guest_socket": str(state.folder("run") / "guest.sock") if "guest" in self._facts else None,
+        }
+        self._demonstrate(state)
+
+    def _machine(self, state: StateDirectory) -> str:
+        from svsm.hardware.machine_store import load_machine, mint
+
+        folder = state.folder("machine")
+        if not any(folder.iterdir()):
+            begun = time.monotonic()
+            with self._progress.step("mint", "Minting the simulated machine (first boot only)"):
+                mint(folder)
+            self._minting_seconds = time.monotonic() - begun
+        return load_machine(folder).root_fingerprint.hex()
+
+    def _start_broker(self, state: StateDirectory) -> bytes:
+        self._broker_url = ""
+        if self._options.broker is not None or self._options.serial is not None:
+            if self._options.image is not None:
+                return b""
+            if self._options.broker_key is None:
+                raise StateError(
+                    "an image for somebody else's broker must pin its key",
+                    code="boot-broker-key",
+                    hint="give --broker-key PEM, or --image FILE with an image that pins it",
+                )
+            from svsm.cli.igvm import read_broker_key
+
+            return read_broker_key(self._options.broker_key)
+        listener = socket.create_server(("127.0.0.1", 0), backlog=_BACKLOG)
+        self._broker_url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self._enrolment, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with listener, theirs:
+            body = bodies.broker_body(state.folder("broker"), listener, theirs)
+            self._start("broker", body, [listener.fileno(), theirs.fileno()])
+        return bytes.fromhex(str(self._await("broker")["public_key"]))
+
+    def _image(self, broker_key: bytes) -> tuple[bytes, str, str]:
+        from svsm.formats.igvm import IgvmFile
+        from svsm.formats.settings import Settings
+        from svsm.launch.build import describe_image
+        from svsm.launch.digest import launch_digest, payload_digest
+
+        progress = self._progress
+        if self._options.image is not None:
+            try:
+                data = self._options.image.read_bytes()
+            except OSError as failed:
+                raise BackendError(
+                    f"the image {self._options.image} cannot be read: {failed.strerror}", code="boot-image"
+                ) from failed
+            file = IgvmFile.parse(data)
+        else:
+            from svsm.launch.payload import build_payload
+
+            payload = build_payload()
+            file = describe_image(loader=payload.loader, archive=payload.archive, settings=Settings(broker_key).pack())
+            data = file.pack()
+        digests = launch_digest(file).hex(), payload_digest(file).hex()
+        progress.fact("image_bytes", f"{len(data):,} bytes", label="image")
+        progress.fact("payload_digest", digests[1], label="payload digest")
+        progress.fact("launch_digest", digests[0], label="launch digest")
+        return data, *digests
+
+    def _enrol(self, configuration: LaunchConfiguration, root: str, digest: str) -> None:
+        progress = self._progress
+        if not self._broker_url:
+            progress.fact("broker", self._options.broker or "behind the proxy")
+            return
+        request = {
+            "configuration": configuration.to_json().hex(),
+            "root": f"simulated:{root}",
+            "launch_digest": digest,
+        }
+        self._enrolment.send(json.dumps(request).encode())
+        self._enrolment.settimeout(_START_SECONDS)
+        answer = json.loads(self._enrolment.recv(1 << 16))
+        if "error" in answer:
+            raise StateError(answer["message"], code=answer["error"])
+        progress.fact("broker", self._broker_url)
+        row = "created, launch digest allowed" if answer["created"] else "known"
+        progress.fact("volume", f"{configuration.volume_id} ({row}, {answer['state']})")
+
+    def _start_proxy(self, state: StateDirectory) -> Path:
+        if self._options.serial is not None:
+            self._progress.fact("serial", str(self._options.serial))
+            return self._options.serial
+        path = state.folder("run") / "serial.sock"
+        with _listen(path) as listener:
+            body = bodies.proxy_body(listener, self._options.broker or self._broker_url)
+            self._start("proxy", body, [listener.fileno()])
+        self._progress.fact("serial", str(path))
+        return path
+
+    def _fronts(self, state: StateDirectory) -> tuple[tuple[tuple[socket.socket, int, int], ...], str]:
+        data = state.folder("run") / f"{_TPMS[0].name}.sock"
+        control = data.with_name(data.name + ".ctrl")
+        fronts = [(_listen(data), 0, 1), (_listen(control), 0, 0)]
+        if self._options.tcp_port is not None:
+            pair = _tcp_pair(self._options.tcp_port)
+            fronts += [(pair[0], 0, 1), (pair[1], 0, 0)]
+            self._facts["tcp"] = {"port": pair[0].getsockname()[1]}
+        return tuple(fronts), f"swtpm:path={data}"
+
+    def _start_machine(
+        self, state: StateDirectory, image: bytes, configuration: LaunchConfiguration, devices: HostDevices
+    ) -> None:
+        from svsm.hardware.memory import PhysicalMemory
+
+        with contextlib.ExitStack() as mine:
+            memory = {home.value: fd for home, fd in PhysicalMemory().descriptors.items()}
+            for descriptor in memory.values():
+                mine.callback(os.close, descriptor)
+
+            def pair(kind: socket.SocketKind = socket.SOCK_SEQPACKET) -> tuple[socket.socket, socket.socket]:
+                left, right = socket.socketpair(socket.AF_UNIX, kind)
+                mine.enter_context(left)
+                mine.enter_context(right)
+                return left, right
+
+            host_hardware, hardware_host = pair()
+            host_kernel, kernel_host = pair()
+            hardware_vcpu, vcpu_hardware = pair()
+            self._power, host_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            mine.enter_context(host_control)
+            self._console_fd, kernel_console = os.pipe2(os.O_CLOEXEC)
+            os.set_blocking(self._console_fd, False)
+            mine.callback(os.close, kernel_console)
+            self._selector.register(self._console_fd, selectors.EVENT_READ, self._read_console)
+            cap = self._options.landlock_cap
+            guest = _has_unicorn()
+            self._start(
+                "hardware",
+                bodies.hardware_body(
+                    state.folder("machine"),
+                    hardware_host,
+                    hardware_vcpu if guest else None,
+                    memory,
+                    {"host": kernel_host.fileno()},
+                    console=kernel_console,
+                    tpms=len(_TPMS),
+                    landlock_cap=cap,
+                ),
+                [
+                    *memory.values(),
+                    hardware_host.fileno(),
+                    hardware_vcpu.fileno(),
+                    kernel_host.fileno(),
+                    kernel_console,
+                ],
+            )
+            if guest:
+                vcpu = bodies.vcpu_body(vcpu_hardware, vmpl2=memory["vmpl2"], shared=memory["shared"], landlock_cap=cap)
+                self._start("vcpu", vcpu, [vcpu_hardware.fileno(), memory["vmpl2"], memory["shared"]])
+            else:
+                self._progress.note("no guest runs: the optional package unicorn is missing (pip install svsm[guest])")
+            listeners = [front[0] for front in devices.fronts]
+            if devices.guest_driver is not None:
+                listeners.append(devices.guest_driver)
+            self._start(
+                "host",
+                bodies.host_body(
+                    host_hardware,
+                    host_kernel,
+                    memory["shared"],
+                    image,
+                    configuration.to_json(),
+                    devices,
+                    host_control,
+                ),
+                [
+                    host_hardware.fileno(),
+                    host_kernel.fileno(),
+                    memory["shared"],
+                    host_control.fileno(),
+                    *(listener.fileno() for listener in listeners),
+                ],
+            )
+            for listener in listeners:
+                listener.close()
+
+    def _kernel_steps(self) -> None:
+        progress = self._progress
+        with progress.step("attestation", "Attestation"):
+            self._await("confined")
+            attested = self._await("attested")
+            progress.fact("key", f"released for volume {attested['volume_id']} ({attested['state']})")
+        with progress.step("volume", "Volume"):
+            volume = self._await("volume")
+            made = "formatted, because the broker says it is new" if volume["action"] == "format" else "opened"
+            progress.fact("cocoonfs", f"{made}, {int(str(volume['size_bytes'])):,} bytes", label="CocoonFS")
+        with progress.step("tpms", "TPMs"):
+            self._await("ready")
+            for tpm in self._tpms():
+                front = "socket" if tpm["front"] == "socket" else "SVSM protocol, VMPL2 guest"
+                progress.fact(str(tpm["name"]), f"{front}, EK name {tpm['ek_name']}")
+            if "active" in self._facts:
+                progress.fact("active", "the broker has acknowledged the first format", label="volume")
+
+    def _tpms(self) -> list[dict[str, object]]:
+        tpms = self._facts["ready"].get("tpms")
+        return [tpm for tpm in tpms if isinstance(tpm, dict)] if isinstance(tpms, list) else []
+
+    def _tpm_names(self) -> dict[str, object]:
+        names = {str(tpm["front"]): tpm["ek_name"] for tpm in self._tpms()}
+        return {"ek_name": names.get("socket"), "guest_ek_name": names.get("svsm")}
+
+    def _demonstrate(self, state: StateDirectory) -> None:
+        progress = self._progress
+        with progress.step("demonstration", "One real TPM operation each"):
+            random = socket_random(state.folder("run") / f"{_TPMS[0].name}.sock")
+            progress.fact("socket_random", f"TPM2_GetRandom: {random.hex()}", label=_TPMS[0].name)
+            if "guest" in self._facts:
+                random = guest_random(state.folder("run") / "guest.sock")
+                progress.fact("guest_random", f"TPM2_GetRandom, called by the guest: {random.hex()}", label="guest0")
+
+    def _announce(self, state: StateDirectory, boot_ms: int) -> None:
+        progress = self._progress
+        event = {**self._ready, "boot_ms": boot_ms, "isolation": {"reduced": sorted(set(self._reduced))}}
+        if "tcp" in self._facts:
+            event["tcti_tcp"] = f"swtpm:host=127.0.0.1,port={self._facts['tcp']['port']}"
+        ready = state.folder("run") / f".ready.{secrets.token_hex(4)}"
+        ready.write_text(json.dumps(event) + "\n", encoding="utf-8")
+        ready.rename(state.folder("run") / "ready.json")
+        progress.event("ready", **event)
+        progress.fact("ready", f"in {boot_ms} ms; try: tpm2_getrandom -T {self._ready['tcti']} --hex 8")
+        progress.fact("stop", "Ctrl-C, or svsm stop")
+        for reduction in sorted(set(self._reduced)):
+            progress.note(f"isolation is reduced here: {reduction}")
+
+    # --- events ---
+
+    def _start(self, name: str, body: object, keep: list[int]) -> None:
+        role = start_role(name, body, keep=keep, debug=self._options.debug)  # type: ignore[arg-type]
+        self._roles[name] = role
+        self._selector.register(role.events, selectors.EVENT_READ, lambda: self._read_role(role))
+        self._selector.register(role.pidfd, selectors.EVENT_READ, lambda: self._role_ended(role))
+
+    def _await(self, event: str) -> dict[str, object]:
+        """Serve events until one of this name has come."""
+        deadline = time.monotonic() + _START_SECONDS
+        while event not in self._facts:
+            self._check()
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise BackendError(f"the boot does not get on: no '{event}' so far", code="boot-timeout")
+            self._poll(left)
+        self._check()
+        return self._facts[event]
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if self._stop_asked:
+            raise StateError("stopped while booting", code="boot-interrupted")
+
+    def _poll(self, timeout: float | None) -> None:
+        for key, _ in self._selector.select(timeout):
+            key.data()
+
+    def _read_role(self, role: Role) -> None:
+        events = role.read_events()
+        if events is None:
+            self._selector.unregister(role.events)
+            return
+        for event in events:
+            self._take(event)
+
+    def _read_console(self) -> None:
+        if self._console_fd is None:
+            return
+        try:
+            data = os.read(self._console_fd, 1 << 16)
+        except BlockingIOError:
+            return
+        if not data:
+            self._selector.unregister(self._console_fd)
+            os.close(self._console_fd)
+            self._console_fd = None
+            return
+        *lines, self._console = (self._console + data).split(b"\n")
+        for line in lines:
+            with contextlib.suppress(ValueError, RecursionError):
+                event = json.loads(line)
+                if isinstance(event, dict) and isinstance(event.get("event"), str):
+                    self._take({**event, "role": event.get("role", "kernel")})
+
+    def _take(self, event: dict[str, object]) -> None:
+        name = str(event["event"])
+        isolation = event.get("isolation")
+        if isinstance(isolation, dict) and isinstance(isolation.get("reduced"), list):
+            self._reduced += [str(entry) for entry in isolation["reduced"]]
+        if name in ("failed", "refused"):
+            self._fail(event)
+        elif name in ("log", "client-refused", "storage-failed", "no-guest", "guest-stopped"):
+            self._progress.event(name, **{key: value for key, value in event.items() if key != "event"})
+            if name == "log":
+                self._progress.note(f"{event.get('tpm')}: {event.get('text')}")
+            elif name in ("no-guest", "guest-stopped", "storage-failed"):
+                self._progress.note(f"{name}: {event.get('message') or event.get('reason')}")
+        self._facts.setdefault(name, event)
+
+    def _fail(self, event: dict[str, object]) -> None:
+        if self._failure is not None:
+            return
+        code, message, hint = (event.get(key) for key in ("code", "message", "hint"))
+        details = {"role": str(event.get("role"))}
+        if isinstance(event.get("reason"), str):
+            details["reason"] = str(event["reason"])
+        if isinstance(event.get("places"), list) and self._options.debug:
+            details["places"] = json.dumps(event["places"])
+        refused = event.get("exit_code") == PolicyError.exit_code or event.get("event") == "refused"
+        kind = PolicyError if refused else BackendError
+        self._failure = kind(str(message), code=str(code), hint=str(hint) if isinstance(hint, str) else None, **details)
+
+    def _role_ended(self, role: Role) -> None:
+        self._selector.unregister(role.pidfd)
+        while (events := role.read_events()) is not None:
+            for event in events:
+                self._take(event)
+            if not events:
+                break
+        if not self._stop_asked and self._failure is None:
+            self._read_console()
+        if not self._stop_asked and self._failure is None and "host-ended" in self._facts:
+            self._failure = self._vm_ended()
+        if not self._stop_asked and self._failure is None:
+            self._failure = BackendError(
+                f"the {role.name} role ended {_how(role)}",
+                code="boot-role-ended",
+                hint="run again with --debug: the role then keeps its stderr",
+                role=role.name,
+            )
+
+    def _vm_ended(self) -> SvsmError:
+        end = self._facts["host-ended"]
+        return BackendError(
+            "the virtual machine ended",
+            code="boot-vm-ended",
+            hint="the kernel's last events say more: run again with --json",
+            reason=str(end.get("reason")),
+            kernel_status=str(end.get("kernel_status")),
+        )
+
+    # --- the end ---
+
+    def _catch_signals(self) -> None:
+        reader, writer = socket.socketpair()
+        for end in (reader, writer):
+            end.setblocking(False)
+        signal.set_wakeup_fd(writer.fileno())
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: None)
+        self._signals = (reader, writer)
+
+        def asked() -> None:
+            with contextlib.suppress(BlockingIOError):
+                reader.recv(64)
+            self._stop_asked = True
+
+        self._selector.register(reader, selectors.EVENT_READ, asked)
+
+    def _serve(self) -> None:
+        while not self._stop_asked and self._failure is None:
+            self._poll(None)
+        if self._failure is None:
+            self._progress.event("stopping")
+
+    def _tear_down(self) -> None:
+        """End every role: the VM in order if it still runs, the others after it."""
+        in_order = self._stop_asked and self._failure is None
+        self._stop_asked = True
+        if self._power is not None:
+            self._power.close()
+        deadline = time.monotonic() + (_STOP_SECONDS if in_order else 1.0)
+        machine = [self._roles[name] for name in ("host", "hardware", "vcpu") if name in self._roles]
+        while any(_runs(role) for role in machine) and time.monotonic() < deadline:
+            self._poll(0.05)
+        for role in self._roles.values():
+            role.kill()
+        for role in self._roles.values():
+            role.collect()
+        self._roles.clear()
+        with contextlib.suppress(FileNotFoundError):
+            (self._options.state / "run" / "ready.json").unlink()
+
+
+def _how(role: Role) -> str:
+    ended = os.waitid(os.P_PIDFD, role.pidfd, os.WEXITED | os.WNOWAIT)
+    if ended is None or ended.si_code == os.CLD_EXITED:
+        return f"with status {ended.si_status if ended is not None else 'unknown'}"
+    return f"by {signal.Signals(ended.si_status).name}"
+
+
+def _runs(role: Role) -> bool:
+    with selectors.DefaultSelector() as selector:
+        selector.register(role.pidfd, selectors.EVENT_READ)
+        return not selector.select(0)
+
+
+def _listen(path: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    previous = os.umask(0o177)
+    try:
+        listener.bind(str(path))
+        listener.listen(_BACKLOG)
+    except OSError as failed:
+        listener.close()
+        raise StateError(
+            f"cannot listen on {path}: {failed}",
+            code="boot-socket",
+            hint="a Unix socket's path has at most 107 bytes: choose a shorter --state",
+        ) from failed
+    finally:
+        os.umask(previous)
+    return listener
+
+
+def _tcp_pair(port: int) -> tuple[socket.socket, socket.socket]:
+    """Two listening sockets on neighbouring loopback ports, data and control; port 0 picks a free pair."""
+    for _ in range(64 if port == 0 else 1):
+        data = socket.create_server(("127.0.0.1", port), backlog=_BACKLOG)
+        try:
+            return data, socket.create_server(("127.0.0.1", data.getsockname()[1] + 1), backlog=_BACKLOG)
+        except (OSError, OverflowError):
+            data.close()
+    raise StateError("no two neighbouring ports are free", code="boot-socket", hint="name another port", port=port)
+
+
+def _has_unicorn() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("unicorn") is not None

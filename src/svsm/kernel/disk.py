@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""The disk that the host handed over, and the volume on it.
+
+The kernel opens nothing: the host gives a descriptor, and what kind it is decides the driver. A regular file or block
+device gets the file driver, a connected stream socket the block protocol of a disk process. Everything else, and
+every lie about either, is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import uuid
+
+from svsm.abi.block import BlockDevice
+from svsm.abi.descriptors import client_socket
+from svsm.abi.errors import BackendError, SvsmError
+from svsm.storage.drivers.file import FileDevice
+from svsm.storage.drivers.remote import RemoteDevice
+from svsm.storage.volume import Probe, Volume, probe
+
+__all__ = ["VolumeDisk", "open_disk"]
+
+
+def open_disk(descriptor: int) -> BlockDevice:
+    """The driver for a descriptor, which it owns from now on.
+
+    Raises:
+        BackendError: ``disk-kind`` or what the driver says.
+        StateError, ProtocolError: What the driver says.
+    """
+    try:
+        mode = os.fstat(descriptor).st_mode
+    except OSError as failed:
+        raise BackendError("the disk's descriptor is not usable", code="disk-kind") from failed
+    if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+        return FileDevice(descriptor)
+    if stat.S_ISSOCK(mode):
+        connection = client_socket(descriptor)
+        if connection.family == socket.AF_UNIX:
+            return RemoteDevice(connection)
+        connection.close()
+        raise BackendError("the disk is a network connection", code="disk-kind")
+    os.close(descriptor)
+    raise BackendError("the disk is neither a file, a block device nor a disk process", code="disk-kind")
+
+
+class VolumeDisk:
+    """What `svsm.kernel.volume_birth` asks of a disk; keeps the volume once it is open.
+
+    Args:
+        device: The disk.
+        key: The volume key.
+        volume_id: UUID text; its bytes are the salt of a first format.
+    """
+
+    def __init__(self, device: BlockDevice, *, key: bytes, volume_id: str) -> None:
+        self._device = device
+        self._key = key
+        self._salt = uuid.UUID(volume_id).bytes
+        self.volume: Volume | None = None
+
+    def try_open(self) -> SvsmError | None:
+        """Open with the key; None, or why it does not open. Raises `BackendError` when the disk cannot be read."""
+        try:
+            self.volume = Volume.open(self._device, self._key)
+        except BackendError:
+            raise
+        except SvsmError as refused:
+            return refused
+        return None
+
+    def has_magic(self) -> bool:
+        """Whether a CocoonFS or creation magic is on the disk."""
+        return probe(self._device) is not Probe.BLANK
+
+    def format(self) -> Volume:
+        """Make the volume. Only for a disk that the rules of a first format allow."""
+        self.volume = Volume.create(self._device, self._key, salt=self._salt)
+        return self.volume

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""The files of the volume, as services see them: read one, replace several atomically.
+
+A replacement completes when its commit is applied, and never before. Commits are split into *prepare* (the journal
+head is durable), *decide* and *apply*; `decide` answers through a callback, so that a ledger at the broker can take
+its time while the kernel serves others. Changes that arrive while a decision is under way wait and go into the next
+commit together: the flushes of one commit then serve all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from svsm.abi.errors import PolicyError, SvsmError
+from svsm.storage.volume import PreparedCommit, Volume
+
+__all__ = ["Decide", "VolumeFiles", "always"]
+
+Done = Callable[[SvsmError | None], None]
+
+Decide = Callable[[PreparedCommit, Callable[[bool], None]], None]
+"""Asked once per prepared commit; must call back once with whether to apply it."""
+
+
+def always(prepared: PreparedCommit, answer: Callable[[bool], None]) -> None:
+    """The decision without a ledger: yes."""
+    del prepared
+    answer(True)
+
+
+class VolumeFiles:
+    """A `svsm.kernel.objects.FileStore` on the opened volume.
+
+    Args:
+        volume: The volume; only this object commits to it.
+        decide: Between prepare and apply.
+        on_failure: Told when a commit failed, for the log.
+    """
+
+    def __init__(
+        self, volume: Volume, *, decide: Decide = always, on_failure: Callable[[SvsmError], None] = lambda _error: None
+    ) -> None:
+        self._volume = volume
+        self._decide = decide
+        self._on_failure = on_failure
+        self._waiting: list[tuple[dict[int, bytes], Done]] = []
+        self._deciding = False
+
+    def read(self, inode: int) -> bytes | None:
+        """A file's contents, None when there is none. Raises what the volume raises."""
+        return self._volume.read(inode) if self._volume.exists(inode) else None
+
+    def replace_many(self, changes: Mapping[int, bytes], done: Done) -> None:
+        """Replace whole files, all or none; `done` gets None once the new state is durable, else why it is not."""
+        self._waiting.append((dict(changes), done))
+        if not self._deciding:
+            self._commit()
+
+    def _commit(self) -> None:
+        batch, self._waiting = self._waiting, []
+        try:
+            transaction = self._volume.transaction()
+            for changes, _ in batch:
+                for inode, data in changes.items():
+                    transaction.write(inode, data)
+            prepared = transaction.prepare()
+        except SvsmError as error:
+            self._finish(batch, error)
+            return
+        self._deciding = True
+        self._decide(prepared, lambda yes: self._decided(prepared, batch, yes))
+
+    def _decided(self, prepared: PreparedCommit, batch: list[tuple[dict[int, bytes], Done]], yes: bool) -> None:
+        failure: SvsmError | None = None
+        try:
+            if yes:
+                prepared.apply()
+            else:
+                prepared.cancel()
+                failure = PolicyError("the ledger does not accept this change", code="files-refused")
+        except SvsmError as error:
+            failure = error
+        self._deciding = False
+        self._finish(batch, failure)
+        if self._waiting and not self._deciding:
+            self._commit()
+
+    def _finish(self, batch: list[tuple[dict[int, bytes], Done]], failure: SvsmError | None) -> None:
+        if failure is not None:
+            self._on_failure(failure)
+        for _, done in batch:
+            done(failure)
