@@ -132,6 +132,12 @@ class Platform(Protocol):
             parameters: What the service is told; names are words.
         """
 
+    def end_service(self, connection: socket.socket) -> None:
+        """End the process at the other end of a socket that `spawn` returned, whatever it is doing.
+
+        Closing the socket is not enough: a hijacked service would go on with the client connections that it holds.
+        """
+
     def next_device(self) -> Device | None:
         """The oldest device that the host has handed over, or None. `fileno` polls readable when one arrives."""
 

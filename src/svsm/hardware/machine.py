@@ -442,6 +442,10 @@ class Machine:
         elif message.kind == Instruction.RMPADJUST:
             outcome = self.rmp.plan_rmpadjust(gpa, size_bytes, word)
             kernel.send(self._complete(message, outcome))
+        elif message.kind == Instruction.KILL:
+            service = self._services.get(message.arguments[0])
+            if service is not None:
+                service.kill()
         elif message.kind == Instruction.SPAWN:
             self._spawn(kernel, message, descriptors)
         else:

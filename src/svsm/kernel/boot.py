@@ -82,7 +82,9 @@ class Kernel:
         self._devices: list[Device] = []
         self._loop = EventLoop()
         self._processes = ProcessTable(
-            self._loop, lambda service, parameters: platform.spawn(service, archive, parameters)
+            self._loop,
+            lambda service, parameters: platform.spawn(service, archive, parameters),
+            platform.end_service,
         )
         self._tpms: list[TpmService] = []
         self._guest: Guest | None = None

@@ -105,6 +105,14 @@ class InstructionPort:
             raise BackendError("the hardware did not start the service", code="platform-spawn", service=service)
         return answer.arguments[0], socket.socket(fileno=descriptors[0])
 
+    def kill(self, number: int) -> None:
+        """End a service's process; nothing when it has ended.
+
+        Raises:
+            BackendError: ``platform-hardware``.
+        """
+        self._send(Message(Instruction.KILL, (number,)), ())
+
     def ended_service(self) -> int | None:
         """The number of a service that has ended, or None."""
         while not self._ended and select.select([self._sock], [], [], 0)[0]:

@@ -288,13 +288,20 @@ class ProcessTable:
     Args:
         loop: The kernel's.
         spawn: ``Platform.spawn`` with the archive bound: (service, parameters) → the kernel's end of its socket.
+        kill: ``Platform.end_service``: called once for each process when it is over, so that it really is.
     """
 
     MAX_PROCESSES = 32
 
-    def __init__(self, loop: EventLoop, spawn: Callable[[str, Mapping[str, str]], socket.socket]) -> None:
+    def __init__(
+        self,
+        loop: EventLoop,
+        spawn: Callable[[str, Mapping[str, str]], socket.socket],
+        kill: Callable[[socket.socket], None],
+    ) -> None:
         self.loop = loop
         self._spawn = spawn
+        self._kill = kill
         self._processes: set[Process] = set()
 
     def __len__(self) -> int:
@@ -315,11 +322,14 @@ class ProcessTable:
         if len(self._processes) >= self.MAX_PROCESSES:
             raise BackendError("too many processes", code="process-limit")
 
+        connection = self._spawn(service, parameters)
+
         def ended(process: Process, reason: SvsmError | None) -> None:
             self._processes.discard(process)
+            self._kill(connection)
             on_exit(process, reason)
 
-        process = Process(self.loop, service, self._spawn(service, parameters), namespace, ended)
+        process = Process(self.loop, service, connection, namespace, ended)
         self._processes.add(process)
         return process
 

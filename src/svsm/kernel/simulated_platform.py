@@ -109,6 +109,7 @@ class SimulatedPlatform:
         self._rights: dict[int, tuple[Permission, bool]] = {}
         self._run: _Run | None = None
         self._known_vmsas: set[int] = set()
+        self._services: dict[socket.socket, int] = {}
         for gpa, length in validated:
             self._window.show(gpa, length, MemoryKind.PRIVATE)
         self._window.show(SHARED_GPA, SHARED_LENGTH, MemoryKind.SHARED)
@@ -308,8 +309,15 @@ class SimulatedPlatform:
 
     def spawn(self, service: str, archive: int, parameters: Mapping[str, str]) -> socket.socket:
         """See `Platform`. Raises ``platform-spawn``, ``platform-hardware``."""
-        _, sock = self._instructions.spawn(service, archive, parameters)
+        number, sock = self._instructions.spawn(service, archive, parameters)
+        self._services[sock] = number
         return sock
+
+    def end_service(self, connection: socket.socket) -> None:
+        """See `Platform`. Raises ``platform-hardware``."""
+        number = self._services.pop(connection, None)
+        if number is not None:
+            self._instructions.kill(number)
 
     def next_device(self) -> Device | None:
         """See `Platform`."""

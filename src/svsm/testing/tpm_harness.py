@@ -125,7 +125,7 @@ class Harness:
         self.loop = EventLoop()
         self.children: list[subprocess.Popen[bytes]] = []
         spawn = spawn_confined() if confined else spawn_unconfined(self.children)
-        self.processes = ProcessTable(self.loop, spawn)
+        self.processes = ProcessTable(self.loop, spawn, lambda _connection: None)
         self.lines: list[str] = []
         self.ready_names: list[bytes | None] = []
         self.refused: list[str] = []

@@ -55,8 +55,9 @@ class Service:
             "events": self.events,
         }
         kernel_end, self.socket = socket.socketpair()
+        self.killed: list[socket.socket] = []
         self.socket.settimeout(0)
-        self.table = ProcessTable(self.loop, lambda service, parameters: kernel_end)
+        self.table = ProcessTable(self.loop, lambda service, parameters: kernel_end, self.killed.append)
         self.process = self.table.start("test", {}, namespace, self._exited)
         self._reader = FrameReader()
         self._next_id = 100
@@ -236,6 +237,7 @@ def test_a_bad_frame_ends_the_service_and_nothing_else(service: Service, code: s
     service.socket.sendall(BAD[code] + Request(9, Call.OPEN, b"log").pack())
     service.turn()
     (reason,) = service.exits
+    assert len(service.killed) == 1  # its process too, or it would keep the clients that it holds
     assert reason is not None
     assert reason.code == code
     assert not service.process.alive

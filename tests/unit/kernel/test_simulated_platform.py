@@ -525,3 +525,18 @@ def test_an_exit_that_never_happened_is_not_believed() -> None:
 def test_host_commands_go_on_while_the_kernel_works() -> None:
     with running_machine() as machine:
         assert machine.host_command(HostCommand.CPUID).status == 0
+
+
+def test_a_service_is_killed_and_its_number_forgotten() -> None:
+    with running_machine(chip=throwaway_chip()) as machine:
+        archive = os.memfd_create("archive")
+        killed: list[int] = []
+        with machine.platform.spawn("vtpm", archive, {}) as syscalls:
+            (number,) = machine.machine._services
+            machine.machine._services[number].kill = lambda: killed.append(number)  # type: ignore[method-assign]
+            machine.platform.end_service(syscalls)
+            machine.platform.end_service(syscalls)
+            # The machine answers this after it has executed what came before.
+            machine.platform.validate(Gpa(0x1000), size_bytes=4096, validated=True)
+        os.close(archive)
+    assert killed == [number]

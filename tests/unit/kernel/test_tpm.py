@@ -40,12 +40,13 @@ class Seat:
         self.clock = Clock()
         self.loop = EventLoop(self.clock)
         self.services: list[socket.socket] = []
+        self.killed: list[socket.socket] = []
         self.parameters: list[Mapping[str, str]] = []
         self.lines: list[str] = []
         self.names: list[bytes | None] = []
         self.refuse_spawn = False
         self.tpm = TpmService(
-            ProcessTable(self.loop, self._spawn),
+            ProcessTable(self.loop, self._spawn, self.killed.append),
             name="t",
             front=front,
             store=MemoryFileStore(),

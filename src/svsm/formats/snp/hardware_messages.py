@@ -82,6 +82,8 @@ class Instruction(enum.IntEnum):
     SPAWN = 0x210
     """payload: JSON {"service", "parameters"}; one descriptor: the payload archive, sealed. The answer carries the
     kernel's end of the syscall socket, argument 0 the service's number; FAIL_INPUT when it cannot be started."""
+    KILL = 0x212
+    """service number: end its process. Not answered; a number that has ended already is nothing."""
     SERVICE_ENDED = 0x211
     """Notice from the hardware: service number, exit status as in ENDED."""
 
