@@ -538,5 +538,5 @@ def test_a_service_is_killed_and_its_number_forgotten() -> None:
             machine.platform.end_service(syscalls)
             # The machine answers this after it has executed what came before.
             machine.platform.validate(Gpa(0x1000), size_bytes=4096, validated=True)
+            assert killed == [number]
         os.close(archive)
-    assert killed == [number]
