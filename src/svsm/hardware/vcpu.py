@@ -142,7 +142,7 @@ class Vcpu:
         self._uc_module = _unicorn()
         self._const = self._uc_module.x86_const
         self._engine = self._new_engine()
-        self.memory = GuestMemory(self._engine, descriptors)
+        self.memory = GuestMemory(self._engine, descriptors, cr3=self._const.UC_X86_REG_CR3)
         self._library = self._uc_module.unicorn_py3.unicorn.uclib
         numbers = [getattr(self._const, f"UC_X86_REG_{name.upper()}") for name in _GENERAL]
         self._numbers = (ctypes.c_int * len(numbers))(*numbers)
@@ -259,10 +259,11 @@ class Vcpu:
         if vector == _PAGE_FAULT_VECTOR:
             address = self._engine.reg_read(self._const.UC_X86_REG_CR2)
             added, denied = self.memory.walk(self._engine.reg_read(self._const.UC_X86_REG_CR3), address)
+            if added and denied is None:
+                return None
+            self._spent = True
             if denied is not None:
                 return ExitCode.NESTED_PAGE_FAULT, int(NestedFault.RMP), denied
-            if added:
-                return None
         self._spent = True
         return ExitCode.SHUTDOWN, vector, address
 

@@ -23,6 +23,7 @@ import ctypes
 import dataclasses
 import mmap
 import os
+import struct
 from typing import Final, Protocol
 
 from svsm.formats.errors import BackendError
@@ -38,7 +39,12 @@ _TABLE_MASK: Final = 0x000F_FFFF_FFFF_F000
 _INDEX_MASK: Final = 0x1FF
 _ENTRY_BYTES: Final = 8
 _ENTRY_PRESENT: Final = 1
+_ENTRY_ACCESSED: Final = 1 << 5
 _ENTRY_LARGE: Final = 1 << 7
+_IDENTITY_GPA: Final = (1 << 36) - 8192
+"""The emulated CPU addresses 36 bits; what is mapped from here on does not reach it. A guest that maps this address
+can read the constant tables there, nothing else."""
+_IDENTITY_BYTES: Final = 8192
 _READ, _WRITE, _EXECUTE = 1, 2, 4
 """The emulator's permission bits (UC_PROT_*)."""
 
@@ -51,6 +57,12 @@ class MemoryEngine(Protocol):
 
     def mem_unmap(self, address: int, size: int) -> None:
         """Take it away again."""
+
+    def reg_read(self, reg_id: int) -> int:
+        """A register."""
+
+    def reg_write(self, reg_id: int, value: int) -> None:
+        """Store a register."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,12 +82,16 @@ class GuestMemory:
     Args:
         engine: The emulator.
         descriptors: The memfd of each memory; offset = GPA.
+        cr3: The emulator's number of that register.
     """
 
-    def __init__(self, engine: MemoryEngine, descriptors: dict[Memory, int]) -> None:
+    def __init__(self, engine: MemoryEngine, descriptors: dict[Memory, int], *, cr3: int) -> None:
         self._engine = engine
         self._descriptors = descriptors
         self._libc = _libc()
+        self._cr3 = cr3
+        self._identity = self._make_identity()
+        engine.mem_map_ptr(_IDENTITY_GPA, _IDENTITY_BYTES, _READ, self._identity)
         self._table: list[_Range] = []
         self._active: dict[int, tuple[int, int]] = {}
         """Start → (end, address in this process)."""
@@ -88,7 +104,8 @@ class GuestMemory:
         """
         self.unmap(gpa, length)
         perms = _perms(memory, access)
-        if not perms:
+        length = min(length, _IDENTITY_GPA - gpa)
+        if not perms or length <= 0:
             return
         made = _Range(gpa, gpa + length, memory, perms)
         index = bisect.bisect_left(self._table, gpa, key=_start)
@@ -109,10 +126,10 @@ class GuestMemory:
         """
         end = gpa + length
         cut: list[tuple[int, int]] = []
-        for start, (stop, _) in list(self._active.items()):
-            if start < end and gpa < stop:
-                self._deactivate(start)
-                cut += [(start, gpa), (end, stop)]
+        hit = [start for start, (stop, _) in self._active.items() if start < end and gpa < stop]
+        for start in hit:
+            cut += [(start, gpa), (end, self._active[start][0])]
+        self._deactivate(hit)
         first = max(0, bisect.bisect_right(self._table, gpa, key=_start) - 1)
         last = bisect.bisect_left(self._table, end, key=_start)
         kept: list[_Range] = []
@@ -193,12 +210,12 @@ class GuestMemory:
         """
         self.close()
         self._engine = engine
+        engine.mem_map_ptr(_IDENTITY_GPA, _IDENTITY_BYTES, _READ, self._identity)
         self._activate_largest()
 
     def close(self) -> None:
         """Nothing is active any more."""
-        for start in list(self._active):
-            self._deactivate(start)
+        self._deactivate(list(self._active))
 
     def _at(self, gpa: int) -> _Range | None:
         index = bisect.bisect_right(self._table, gpa, key=_start) - 1
@@ -216,11 +233,35 @@ class GuestMemory:
         self._engine.mem_map_ptr(start, end - start, item.perms, host)
         self._active[start] = (end, host)
 
-    def _deactivate(self, start: int) -> None:
-        end, host = self._active.pop(start)
-        self._engine.mem_unmap(start, end - start)
-        if self._libc.munmap(host, end - start):
-            raise _failed("munmap", start)
+    def _deactivate(self, starts: list[int]) -> None:
+        """Take ranges out of emulator and process.
+
+        The emulator drops its translations of an unmapped range by *virtual* address, through the guest's tables.
+        Where those do not map it, that is a page fault inside the emulator: nobody sees it, but the third one
+        makes it lose the guest's next exception. So it gets tables that map everything for the while.
+        """
+        if not starts:
+            return
+        saved = self._engine.reg_read(self._cr3)
+        self._engine.reg_write(self._cr3, _IDENTITY_GPA)
+        for start in starts:
+            end, host = self._active.pop(start)
+            self._engine.mem_unmap(start, end - start)
+            if self._libc.munmap(host, end - start):
+                raise _failed("munmap", start)
+        self._engine.reg_write(self._cr3, saved)
+
+    def _make_identity(self) -> int:
+        """Page tables for `_deactivate`: every address maps to itself modulo 512 GiB. Two pages, kept for good."""
+        anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        host = self._libc.mmap(None, _IDENTITY_BYTES, mmap.PROT_READ | mmap.PROT_WRITE, anonymous, -1, 0)
+        if host is None or host == ctypes.c_void_p(-1).value:
+            raise _failed("mmap", _IDENTITY_GPA)
+        top = [_IDENTITY_GPA + _IDENTITY_BYTES // 2 | _ENTRY_PRESENT | _ENTRY_ACCESSED] * 512
+        pages = [index << 30 | _ENTRY_LARGE | _ENTRY_PRESENT | _ENTRY_ACCESSED for index in range(512)]
+        tables = struct.pack("<1024Q", *top, *pages)
+        ctypes.memmove(host, tables, len(tables))
+        return int(host)
 
 
 def _start(item: _Range) -> int:

@@ -86,8 +86,9 @@ def test_a_run_goes_on_where_the_last_one_stopped(rig: VcpuRig) -> None:
 def test_exceptions_have_no_handler(rig: VcpuRig, code: bytes, vector: int) -> None:
     message = rig.execute(code + HLT)
     assert (message.exit_code, message.exit_info_1) == (ExitCode.SHUTDOWN, vector)
+    for _ in range(2):
+        assert rig.execute(load(0x10_0000_0000)).exit_info_1 == 14  # not a double fault of the one before
     assert rig.execute(VMGEXIT).exit_code == ExitCode.VMGEXIT
-    assert rig.execute(load(0x10_0000_0000)).exit_info_1 == 14  # not a double fault of the one before
 
 
 def test_page_fault_by_the_guests_own_tables(rig: VcpuRig) -> None:
@@ -306,6 +307,11 @@ def test_page_tables_in_a_piece_that_is_not_mapped_yet(rig: VcpuRig) -> None:
     tables = PIECES + 0x1000 * (PIECE_COUNT - 2)
     rig.poke(tables, struct.pack("<Q", tables | 3) + struct.pack("<7Q", *(index << 30 | 0x83 for index in range(1, 8))))
     assert rig.execute(load(DATA), cr3=tables).exit_code == ExitCode.HLT
+    rig.poke(TABLES + 8, struct.pack("<Q", tables - 0x2000 | 3))  # 512 GiB: tables that only data needs
+    rig.poke(tables - 0x2000, struct.pack("<8Q", *(index << 30 | 0x83 for index in range(8))))
+    rig.poke(DATA, b"\x99")
+    message = rig.execute(load((1 << 39) + DATA))
+    assert (message.exit_code, message.registers.rax) == (ExitCode.HLT, 0x99)
 
 
 def test_what_is_denied_stays_denied_among_many_pieces(rig: VcpuRig) -> None:
@@ -319,6 +325,27 @@ def test_what_is_denied_stays_denied_among_many_pieces(rig: VcpuRig) -> None:
         rig.map(address, 0x1000, Memory.SHARED, Access.READ)
         message = rig.execute(store(address))
         assert message.exit_info_1 == NestedFault.RMP | NestedFault.WRITE | NestedFault.PRESENT
+
+
+@pytest.mark.parametrize("change", ["unmap", "map"])
+def test_changes_where_the_guests_tables_map_nothing(rig: VcpuRig, change: str) -> None:
+    """Unicorn looks at the guest's own tables when memory goes away, and must not fault over what it finds there."""
+    rig.map(PIECES, 0x10_0000)
+    rig.poke(TABLES, struct.pack("<Q", 0) + bytes(510 * 8) + struct.pack("<Q", TABLES + 0x1000 | 3))
+    rig.poke(CODE, FOREVER)
+    rip = -(1 << 39) % (1 << 64) + CODE
+    message = rig.run(registers(rip=rip), time_limit_us=3_000)
+    assert message.exit_code == ExitCode.INTR
+    for index in range(6):
+        if change == "unmap":
+            rig.unmap(PIECES + index * 0x2000, 0x1000)
+        else:
+            rig.map(PIECES + 0x20_0000 + index * 0x2000, 0x1000)
+    rig.poke(CODE, VMGEXIT + b"\x0f\x0b")
+    message = rig.run(message.registers)
+    assert (message.exit_code, message.registers.rip) == (ExitCode.VMGEXIT, rip + 4)
+    message = rig.run(message.registers)
+    assert (message.exit_code, message.exit_info_1) == (ExitCode.SHUTDOWN, 6)
 
 
 def test_many_pieces_cost_the_chip_little(rig: VcpuRig) -> None:
