@@ -41,7 +41,7 @@ class Machine:
         self._payload = payload
         self._archive = sealed_memfd("payload:archive", payload.archive)
         self.tpm = TpmService(
-            ProcessTable(self.loop, self._spawn),
+            ProcessTable(self.loop, self._spawn, lambda _connection: None),
             name="confined",
             front="socket",
             store=self.store,
