@@ -362,11 +362,11 @@ class Session:
         ready = state.folder("run") / f".ready.{secrets.token_hex(4)}"
         ready.write_text(json.dumps(event) + "\n", encoding="utf-8")
         ready.rename(state.folder("run") / "ready.json")
-        progress.event("ready", **event)
-        progress.fact("ready", f"in {boot_ms} ms; try: tpm2_getrandom -T {self._ready['tcti']} --hex 8")
-        progress.fact("stop", "Ctrl-C, or svsm stop")
         for reduction in sorted(set(self._reduced)):
             progress.note(f"isolation is reduced here: {reduction}")
+        progress.fact("ready", f"in {boot_ms} ms; try: tpm2_getrandom -T {self._ready['tcti']} --hex 8")
+        progress.fact("stop", "Ctrl-C, or svsm stop")
+        progress.event("ready", **event)  # the last of the start
 
     # --- events ---
 
