@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from svsm.cli.supervisor.state import StateDirectory, default_directory
-from svsm.formats.errors import StateError
+from svsm.formats.errors import BackendError, StateError
 
 
 def test_a_new_directory_is_private_and_keeps_its_identity(tmp_path: Path) -> None:
@@ -73,3 +73,11 @@ def test_where_the_state_is_by_default(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.delenv("XDG_STATE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert default_directory() == tmp_path / ".local" / "state" / "svsm"
+
+
+def test_a_file_in_the_place_of_the_directory_is_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "f").write_text("x")
+    for use in (StateDirectory.open_for_boot, StateDirectory.existing):
+        with pytest.raises(BackendError) as refused:
+            use(tmp_path / "f")
+        assert refused.value.code == "state-unusable"

@@ -21,7 +21,7 @@ import time
 import uuid
 from pathlib import Path
 
-from svsm.formats.errors import StateError
+from svsm.formats.errors import BackendError, StateError
 
 __all__ = ["StateDirectory", "default_directory"]
 
@@ -64,9 +64,13 @@ class StateDirectory:
         Raises:
             StateError: ``state-version`` for another version, ``state-foreign`` for a directory that is not ours,
                 ``state-busy`` when an instance already runs on it.
+            BackendError: ``state-unusable`` when the system does not let us.
         """
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as failed:
+            raise _unusable(path, failed) from failed
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -116,6 +120,7 @@ class StateDirectory:
 
         Raises:
             StateError: ``state-missing``, ``state-version`` or ``state-foreign``.
+            BackendError: ``state-unusable``.
         """
         try:
             identity = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -123,6 +128,8 @@ class StateDirectory:
             raise StateError(
                 f"there is no state directory at {path}", code="state-missing", hint="`svsm boot` makes one"
             ) from None
+        except OSError as failed:
+            raise _unusable(path, failed) from failed
         except ValueError:
             identity = None
         if not isinstance(identity, dict) or not {"version", "name", "volume_id"} <= identity.keys():
@@ -175,6 +182,14 @@ class StateDirectory:
                 )
             time.sleep(0.02)
         return True
+
+
+def _unusable(path: Path, failed: OSError) -> BackendError:
+    return BackendError(
+        f"the state directory {path} cannot be used: {failed.strerror}",
+        code="state-unusable",
+        hint="name a directory that you may write, with --state",
+    )
 
 
 def _read_pid(lock: int) -> int:
