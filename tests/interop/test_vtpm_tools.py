@@ -15,9 +15,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
+from typing import Protocol
 
 import pytest
 
@@ -90,7 +91,7 @@ def _ours(folder: Path, *more: str) -> Server:
     return Server([*command, "--unix", str(where), *more], where, announces=True)
 
 
-def _swtpm(folder: Path) -> Server:
+def swtpm_server(folder: Path) -> Server:
     where = folder / "swtpm.sock"
     (folder / "swtpm").mkdir(exist_ok=True)
     where.unlink(missing_ok=True)
@@ -229,7 +230,25 @@ SCENARIO = [
 ]  # fmt: skip
 
 
-def _raw(server: Server, command: bytes) -> bytes:
+class Served(Protocol):
+    """A TPM behind a Unix socket, as the scenario wants it."""
+
+    @property
+    def where(self) -> Path:
+        """Its data socket."""
+
+    @property
+    def tcti(self) -> str:
+        """What tpm2-tools take."""
+
+    def stop(self) -> object:
+        """In order."""
+
+    def kill(self) -> object:
+        """At once."""
+
+
+def _raw(server: Served, command: bytes) -> bytes:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         client.settimeout(20)
         client.connect(str(server.where))
@@ -237,12 +256,12 @@ def _raw(server: Server, command: bytes) -> bytes:
         return client.recv(4096)
 
 
-def _counter(server: Server) -> dict[int, int]:
+def _counter(server: Served) -> dict[int, int]:
     properties = tpm.parse_properties(_raw(server, tpm.get_capability(6, 0x20E, 4)))
     return {key: properties[key] for key in (0x20E, 0x20F, 0x210, 0x211)}
 
 
-def _guess(server: Server) -> list[int]:
+def _guess(server: Served) -> list[int]:
     """Wrong passwords until the TPM has judged one; the first use after a reset is answered RETRY."""
     body = bytes.fromhex("01500003015000030000000d4000000900000000047878787800080000")
     command = tpm.CommandHeader(0x8002, 10 + len(body), 0x14E).pack() + body
@@ -252,10 +271,18 @@ def _guess(server: Server) -> list[int]:
     return codes
 
 
-def _play(folder: Path, *, ours: bool) -> list[object]:
-    def start() -> Server:
-        return _ours(folder) if ours else _swtpm(folder)
+def play_guesses(folder: Path, start: Callable[[], Served], scenario: Sequence[str], *, orderly: bool) -> list[object]:
+    """The dictionary-attack counter through wrong guesses, kills, stops and resets.
 
+    Args:
+        folder: For the tools' files.
+        start: Starts the TPM, again and again; it has been told TPM2_Startup(CLEAR).
+        scenario: Of "guess", "kill", "stop", "reset".
+        orderly: Whether a stop tells the TPM (TPM2_Shutdown) by itself.
+
+    Returns:
+        What was seen: (step, counter and parameters) and the codes of guesses.
+    """
     server = start()
     tools = Tools(folder, server.tcti)
     tools.run("nvdefine", "-C", "o", "-s", "8", "-p", "right", "-a", "authread|authwrite", "0x1500003")
@@ -263,7 +290,7 @@ def _play(folder: Path, *, ours: bool) -> list[object]:
     tools.run("nvwrite", "-C", "0x1500003", "-P", "right", "-i", "value", "0x1500003")
     tools.run("dictionarylockout", "-s", "-n", "5", "-t", "1000", "-l", "1000")
     seen: list[object] = [_counter(server)]
-    for step in SCENARIO:
+    for step in scenario:
         if step == "guess":
             seen.append(_guess(server))
         elif step == "reset":
@@ -272,7 +299,7 @@ def _play(folder: Path, *, ours: bool) -> list[object]:
             server.kill()
             server = start()
         elif step == "stop":
-            if not ours:  # this swtpm does not tell its TPM when it is stopped; ours does
+            if not orderly:
                 _raw(server, tpm.shutdown())
             server.stop()
             server = start()
@@ -329,8 +356,9 @@ def test_the_dictionary_attack_counter_moves_as_swtpms(tmp_path: Path) -> None:
     peer("swtpm")
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    ours = _play(tmp_path / "a", ours=True)
-    theirs = _play(tmp_path / "b", ours=False)
+    ours = play_guesses(tmp_path / "a", lambda: _ours(tmp_path / "a"), SCENARIO, orderly=True)
+    # this swtpm does not tell its TPM when it is stopped
+    theirs = play_guesses(tmp_path / "b", lambda: swtpm_server(tmp_path / "b"), SCENARIO, orderly=False)
     assert ours == theirs
     counters = [step[1][0x20E] for step in ours if isinstance(step, tuple)]
     assert max(counters) >= 3  # the scenario did count
