@@ -23,6 +23,7 @@ from svsm.cli.supervisor import bodies
 from svsm.cli.supervisor.bodies import Disk, HostDevices
 from svsm.cli.supervisor.demonstration import guest_random, socket_random
 from svsm.cli.supervisor.progress import Progress
+from svsm.cli.supervisor.release import Release, last_release, remember, what_changed
 from svsm.cli.supervisor.roles import Role, start_role
 from svsm.cli.supervisor.state import StateDirectory
 from svsm.formats.errors import BackendError, IntegrityError, PolicyError, StateError, SvsmError
@@ -74,6 +75,7 @@ class Session:
         self._console_fd: int | None = None
         self._console = b""
         self._minting_seconds = 0.0
+        self._release: Release | None = None
 
     def run(self) -> int:
         """Boot, serve, stop.
@@ -108,6 +110,8 @@ class Session:
             bodies.preload()
             broker_key = self._start_broker(state)
             image, launch_digest, payload_digest = self._image(broker_key)
+            if self._release is not None and (change := what_changed(last_release(state.path), self._release)):
+                progress.note(change)
         configuration = LaunchConfiguration(volume_id=str(state.volume_id), name=state.name, tpms=_TPMS)
         with progress.step("services", "Broker and proxy"):
             self._enrol(configuration, machine_root, launch_digest)
@@ -182,6 +186,7 @@ class Session:
         from svsm.launch.digest import launch_digest, payload_digest
 
         progress = self._progress
+        payload = None
         if self._options.image is not None:
             try:
                 data = self._options.image.read_bytes()
@@ -197,6 +202,8 @@ class Session:
             file = describe_image(loader=payload.loader, archive=payload.archive, settings=Settings(broker_key).pack())
             data = file.pack()
         digests = launch_digest(file).hex(), payload_digest(file).hex()
+        if payload is not None:
+            self._release = Release.of(payload, digests[1])
         progress.fact("image_bytes", f"{len(data):,} bytes", label="image")
         progress.fact("payload_digest", digests[1], label="payload digest")
         progress.fact("launch_digest", digests[0], label="launch digest")
@@ -359,6 +366,8 @@ class Session:
         event = {**self._ready, "boot_ms": boot_ms, "isolation": {"reduced": sorted(set(self._reduced))}}
         if "tcp" in self._facts:
             event["tcti_tcp"] = f"swtpm:host=127.0.0.1,port={self._facts['tcp']['port']}"
+        if self._release is not None:
+            remember(state.path, self._release)
         ready = state.folder("run") / f".ready.{secrets.token_hex(4)}"
         ready.write_text(json.dumps(event) + "\n", encoding="utf-8")
         ready.rename(state.folder("run") / "ready.json")
