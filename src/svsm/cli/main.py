@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Protocol, cast
 
 from svsm import __version__
-from svsm.formats.errors import SvsmError
+from svsm.formats.errors import BackendError, SvsmError
 
 __all__ = ["main"]
 
@@ -69,18 +69,39 @@ def main(words: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if words is None else words
     arguments = _parser(words).parse_args(words)
     try:
-        return cast(int, arguments.run(arguments))
+        code = cast(int, arguments.run(arguments))
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where an error of it can still be told
+        return code
     except SvsmError as error:
         if arguments.debug:
             raise
         _print_error(error, as_json=getattr(arguments, "json", False))
         return error.exit_code
     except BrokenPipeError:
-        # The reader of our output went away, which is its right; do not complain again while exiting.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of our output went away, which is its right.
+        _drop_output()
         return 1
+    except OSError as error:
+        if arguments.debug:
+            raise
+        _drop_output()
+        refused = BackendError(f"the operating system refused: {error.strerror or error}", code="cli-os")
+        if error.filename is not None:
+            refused.details["path"] = str(error.filename)
+        _print_error(refused, as_json=False)
+        return refused.exit_code
     except KeyboardInterrupt:
         return 130
+
+
+def _drop_output() -> None:
+    """Write what can be written; otherwise forget it, so that Python does not complain again while it exits."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print_error(error: SvsmError, *, as_json: bool) -> None:
