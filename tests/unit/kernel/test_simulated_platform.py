@@ -385,7 +385,7 @@ def test_interrupt_and_shutdown() -> None:
     "message",
     [
         b"x",
-        os.urandom(100),
+        bytes(range(1, 101)),
         Message(ghcb.HostMessage.DEVICE, (1,)).pack(),
         Message(ghcb.HostMessage.DEVICE, (9,)).pack(),
         Message(ghcb.HostMessage.EXIT | ANSWER, identifier=99).pack(),
