@@ -60,8 +60,12 @@ def launch_digest(
     return digest.value
 
 
-def payload_digest(file: IgvmFile) -> bytes:
+def payload_digest(file: IgvmFile, *, known: KnownDigests | None = None) -> bytes:
     """The chain value before the settings page of an image in our layout: 48 bytes.
+
+    Args:
+        file: A parsed file.
+        known: As for `launch_digest`: after that, only the chain is left to compute.
 
     Raises:
         FormatError: ``igvm-not-our-layout`` for any other file.
@@ -70,7 +74,7 @@ def payload_digest(file: IgvmFile) -> bytes:
     if not _our_layout(steps):
         raise FormatError("the image does not have this project's layout", code="igvm-not-our-layout")
     digest = LaunchDigest()
-    digest.extend(steps[:-2])
+    digest.extend(steps[:-2], known=known)
     return digest.value
 
 

@@ -11,10 +11,11 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import mmap
 import os
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,13 +27,26 @@ from svsm.formats.errors import BackendError
 
 if TYPE_CHECKING:
     from svsm.broker.service import Broker
+    from svsm.host.hypervisor import Hypervisor
+    from svsm.host.launcher import Launched
 
-__all__ = ["Disk", "HostDevices", "broker_body", "hardware_body", "host_body", "preload", "proxy_body", "vcpu_body"]
+__all__ = [
+    "BROKER_MODULES",
+    "MACHINE_MODULES",
+    "Disk",
+    "HostDevices",
+    "broker_body",
+    "hardware_body",
+    "host_body",
+    "preload",
+    "proxy_body",
+    "vcpu_body",
+]
 
 _BUFFER_BYTES = 1 << 16
 
 
-_PRELOAD = (
+BROKER_MODULES = (
     "encodings.idna",
     "encodings.latin_1",
     "sqlite3",
@@ -41,6 +55,10 @@ _PRELOAD = (
     "traceback",
     "svsm.broker.app",
     "svsm.broker.service",
+)
+"""What the broker needs."""
+
+MACHINE_MODULES = (
     "svsm.hardware.machine",
     "svsm.hardware.machine_store",
     "svsm.hardware.processes",
@@ -49,11 +67,12 @@ _PRELOAD = (
     "svsm.host.hypervisor",
     "svsm.host.proxy",
 )
+"""What the others need on top."""
 
 
-def preload() -> None:
+def preload(names: Sequence[str]) -> None:
     """Import what the roles need while the file system is there."""
-    for name in _PRELOAD:
+    for name in names:
         importlib.import_module(name)
 
 
@@ -255,16 +274,15 @@ def host_body(
     hardware: socket.socket,
     kernel: socket.socket,
     shared: int,
-    image: bytes,
+    image: int,
     configuration: bytes,
     devices: HostDevices,
     control: socket.socket,
 ) -> Callable[[Emit, int], None]:
-    """The hypervisor: the attacker's seat."""
+    """The hypervisor: the attacker's seat. `image` is a memfd, which is closed once it is launched."""
 
     def body(emit: Emit, supervisor: int) -> None:
         from svsm.formats.errors import SvsmError
-        from svsm.formats.igvm import IgvmFile
         from svsm.formats.snp.ghcb import DeviceKind
         from svsm.host.devices.guest_driver import GuestDriver
         from svsm.host.hardware_port import HardwarePort
@@ -282,7 +300,7 @@ def host_body(
             notify=lambda name, details: emit(f"host-{name}", **details),
         )
         try:
-            launched = hypervisor.launch(IgvmFile.parse(image), configuration)
+            launched = _launch(hypervisor, image, configuration)
             hypervisor.offer(DeviceOffer(DeviceKind.SERIAL, serial))
             hypervisor.offer(DeviceOffer(DeviceKind.DISK, disk))
             hypervisor.start(launched)
@@ -295,6 +313,16 @@ def host_body(
         hypervisor.serve()
 
     return body
+
+
+def _launch(hypervisor: Hypervisor, image: int, configuration: bytes) -> Launched:
+    """Launch the image that a memfd holds; afterwards it is neither mapped nor open here."""
+    from svsm.formats.igvm import IgvmFile
+
+    # Private, because before Linux 6.7 a sealed memfd cannot be mapped shared, not even to be read.
+    mapped = mmap.mmap(image, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+    os.close(image)
+    return hypervisor.launch(IgvmFile.parse(memoryview(mapped)), configuration)
 
 
 def _obey(control: socket.socket, shutdown: Callable[[], None]) -> None:

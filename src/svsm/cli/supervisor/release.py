@@ -16,8 +16,10 @@ import io
 import json
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from svsm.launch.payload import Payload
+if TYPE_CHECKING:
+    from svsm.launch.payload import Payload
 
 __all__ = ["Release", "last_release", "remember", "what_changed"]
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from svsm.cli.supervisor import bodies
 from svsm.cli.supervisor.bodies import Disk, HostDevices
 from svsm.cli.supervisor.demonstration import guest_random, socket_random
+from svsm.cli.supervisor.image import Image, image_body
 from svsm.cli.supervisor.progress import Progress
 from svsm.cli.supervisor.release import Release, last_release, remember, what_changed
 from svsm.cli.supervisor.roles import Role, start_role
@@ -105,16 +106,17 @@ class Session:
 
     def _boot(self, state: StateDirectory) -> None:
         progress = self._progress
+        image_started = self._start_image()
         machine_root = self._machine(state)
         with progress.step("image", "Image"):
-            bodies.preload()
+            bodies.preload(bodies.BROKER_MODULES)
             broker_key = self._start_broker(state)
-            image, launch_digest, payload_digest = self._image(broker_key)
+            image = self._image(image_started, broker_key)
             if self._release is not None and (change := what_changed(last_release(state.path), self._release)):
                 progress.note(change)
         configuration = LaunchConfiguration(volume_id=str(state.volume_id), name=state.name, tpms=_TPMS)
         with progress.step("services", "Broker and proxy"):
-            self._enrol(configuration, machine_root, launch_digest)
+            self._enrol(configuration, machine_root, image.launch_digest)
             serial = self._start_proxy(state)
         with progress.step("machine", "Simulated SEV-SNP machine"):
             fronts, tcti = self._fronts(state)
@@ -125,20 +127,21 @@ class Session:
             devices = HostDevices(serial=serial, disk=disk, fronts=fronts, guest_driver=driver)
             self._start_machine(state, image, configuration, devices)
             chip_digest = str(self._await("host-launched")["digest"])
-            if chip_digest != launch_digest:
+            if chip_digest != image.launch_digest:
                 raise IntegrityError(
                     "the chip measured something else than the file says",
                     code="boot-digest",
                     hint="the image was altered between measuring and launching",
-                    expected=launch_digest,
+                    expected=image.launch_digest,
                     got=chip_digest,
                 )
             progress.fact("chip_digest", "equals the launch digest computed from the file", label="chip")
+        self._dismiss("image")
         self._kernel_steps()
         self._ready = {
             "tcti": tcti,
-            "launch_digest": launch_digest,
-            "payload_digest": payload_digest,
+            "launch_digest": image.launch_digest,
+            "payload_digest": image.payload_digest,
             **self._tpm_names(),
             "volume_id": str(state.volume_id),
             "broker": self._options.broker or self._broker_url,
@@ -147,15 +150,31 @@ class Session:
         self._demonstrate(state)
 
     def _machine(self, state: StateDirectory) -> str:
-        from svsm.hardware.machine_store import load_machine, mint
+        from svsm.hardware.machine_store import root_fingerprint
 
         folder = state.folder("machine")
         if not any(folder.iterdir()):
             begun = time.monotonic()
             with self._progress.step("mint", "Minting the simulated machine (first boot only)"):
-                mint(folder)
+                self._mint(folder)
             self._minting_seconds = time.monotonic() - begun
-        return load_machine(folder).root_fingerprint.hex()
+        return root_fingerprint(folder).hex()
+
+    def _mint(self, folder: Path) -> None:
+        """In a process of its own: roles are forks of this one, and what it has seen, the host could find in its memory."""
+        role = start_role("mint", bodies.mint_body(folder), debug=self._options.debug)
+        self._roles[role.name] = role
+        ended: list[bool] = []
+        self._selector.register(role.pidfd, selectors.EVENT_READ, lambda: ended.append(True))
+        while not ended:
+            self._check()
+            self._poll(None)
+        self._selector.unregister(role.pidfd)
+        for event in role.read_events() or []:
+            self._take(event)
+        if self._roles.pop(role.name).collect() and self._failure is None:
+            self._failure = BackendError("the machine was not minted", code="boot-role-ended", role=role.name)
+        self._check()
 
     def _start_broker(self, state: StateDirectory) -> bytes:
         self._broker_url = ""
@@ -179,35 +198,28 @@ class Session:
             self._start("broker", body, [listener.fileno(), theirs.fileno()])
         return bytes.fromhex(str(self._await("broker")["public_key"]))
 
-    def _image(self, broker_key: bytes) -> tuple[bytes, str, str]:
-        from svsm.formats.igvm import IgvmFile
-        from svsm.formats.settings import Settings
-        from svsm.launch.build import describe_image
-        from svsm.launch.digest import launch_digest, payload_digest
+    def _start_image(self) -> tuple[int, int]:
+        """Start the worker that makes the image; gives the pipe for the broker's key, and the image's memfd."""
+        key_reader, key_writer = os.pipe2(os.O_CLOEXEC)
+        output = os.memfd_create("svsm-image", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self._start("image", image_body(self._options.image, key_reader, output), [key_reader, output])
+        os.close(key_reader)
+        return key_writer, output
 
+    def _image(self, started: tuple[int, int], broker_key: bytes) -> Image:
+        """Tell the worker the key, import what the machine's roles need meanwhile, and have the image."""
+        key_writer, output = started
+        with contextlib.suppress(BrokenPipeError):  # an image from a file is made without it
+            os.write(key_writer, broker_key)
+        os.close(key_writer)
+        bodies.preload(bodies.MACHINE_MODULES)
+        image = Image.of(output, self._await("image"))
+        self._release = image.release
         progress = self._progress
-        payload = None
-        if self._options.image is not None:
-            try:
-                data = self._options.image.read_bytes()
-            except OSError as failed:
-                raise BackendError(
-                    f"the image {self._options.image} cannot be read: {failed.strerror}", code="boot-image"
-                ) from failed
-            file = IgvmFile.parse(data)
-        else:
-            from svsm.launch.payload import build_payload
-
-            payload = build_payload()
-            file = describe_image(loader=payload.loader, archive=payload.archive, settings=Settings(broker_key).pack())
-            data = file.pack()
-        digests = launch_digest(file).hex(), payload_digest(file).hex()
-        if payload is not None:
-            self._release = Release.of(payload, digests[1])
-        progress.fact("image_bytes", f"{len(data):,} bytes", label="image")
-        progress.fact("payload_digest", digests[1], label="payload digest")
-        progress.fact("launch_digest", digests[0], label="launch digest")
-        return data, *digests
+        progress.fact("image_bytes", f"{image.size_bytes:,} bytes", label="image")
+        progress.fact("payload_digest", image.payload_digest, label="payload digest")
+        progress.fact("launch_digest", image.launch_digest, label="launch digest")
+        return image
 
     def _enrol(self, configuration: LaunchConfiguration, root: str, digest: str) -> None:
         progress = self._progress
@@ -250,7 +262,7 @@ class Session:
         return tuple(fronts), f"swtpm:path={data}"
 
     def _start_machine(
-        self, state: StateDirectory, image: bytes, configuration: LaunchConfiguration, devices: HostDevices
+        self, state: StateDirectory, image: Image, configuration: LaunchConfiguration, devices: HostDevices
     ) -> None:
         from svsm.hardware.memory import PhysicalMemory
 
@@ -310,7 +322,7 @@ class Session:
                     host_hardware,
                     host_kernel,
                     memory["shared"],
-                    image,
+                    image.descriptor,
                     configuration.to_json(),
                     devices,
                     host_control,
@@ -319,10 +331,12 @@ class Session:
                     host_hardware.fileno(),
                     host_kernel.fileno(),
                     memory["shared"],
+                    image.descriptor,
                     host_control.fileno(),
                     *(listener.fileno() for listener in listeners),
                 ],
             )
+            os.close(image.descriptor)
             for listener in listeners:
                 listener.close()
 
@@ -469,6 +483,8 @@ class Session:
                 self._take(event)
             if not events:
                 break
+        if role.name == "image" and "image" in self._facts:
+            return  # the only one that has an end; `_dismiss` takes it away
         if not self._stop_asked and self._failure is None:
             self._read_console()
         if not self._stop_asked and self._failure is None and "host-ended" in self._facts:
@@ -480,6 +496,14 @@ class Session:
                 hint="run again with --debug: the role then keeps its stderr",
                 role=role.name,
             )
+
+    def _dismiss(self, name: str) -> None:
+        """Take away a role that has done its work."""
+        role = self._roles.pop(name)
+        for descriptor in (role.events, role.pidfd):
+            if descriptor in self._selector.get_map():
+                self._selector.unregister(descriptor)
+        role.collect()
 
     def _vm_ended(self) -> SvsmError:
         end = self._facts["host-ended"]
