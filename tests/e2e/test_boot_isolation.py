@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from svsm.confine import Role
 from svsm.confine.identity import role_uid
@@ -201,6 +202,35 @@ def test_another_role_cannot_look_into_kernel_and_hardware(system: list[Seen]) -
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_chips_key_is_in_the_memory_of_hardware_only(system: list[Seen]) -> None:
+    """Roles are forks: what the supervisor has ever read, a hijacked host would find in its own memory."""
+    words = Path(f"/proc/{system[0].pid}/cmdline").read_bytes().split(b"\0")
+    folder = Path(words[words.index(b"--state") + 1].decode()) / "machine"
+    needles = []
+    for name in ("vcek", "ask", "ark"):
+        text = (folder / f"{name}.key.pem").read_bytes()
+        numbers = load_pem_private_key(text, None).private_numbers()  # type: ignore[union-attr]
+        number = numbers.private_value if name == "vcek" else numbers.p  # type: ignore[union-attr]
+        width = (number.bit_length() + 7) // 8
+        # From the second line on: all keys of a kind begin alike.
+        needles += [text.splitlines()[2], number.to_bytes(width, "big"), number.to_bytes(width, "little")]
+    holders = {seen.role for seen in system if any(needle in _memory(seen.pid) for needle in needles)}
+    assert holders == {Role.HARDWARE}
+
+
+def _memory(pid: int) -> bytes:
+    """What a process holds in writable memory of its own."""
+    found = []
+    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+        for row in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            place, rights, *_ = row.split()
+            if rights.startswith("rw-p"):
+                first, last = (int(word, 16) for word in place.split("-"))
+                memory.seek(first)
+                found.append(memory.read(last - first))
+    return b"\n".join(found)
 
 
 @pytest.mark.long

@@ -7,6 +7,7 @@ See `svsm.hardware.authority` for what the directory holds and who may read it.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import secrets
@@ -24,7 +25,7 @@ from svsm.formats.snp import certs
 from svsm.formats.snp.tcb import Line, Tcb
 from svsm.hardware.authority import Authority, Machine
 
-__all__ = ["load_authority", "load_machine", "mint"]
+__all__ = ["load_authority", "load_machine", "mint", "root_fingerprint"]
 
 _SCHEMA: Final = 1
 _MAX_FILE_BYTES: Final = 64 * 1024
@@ -162,6 +163,17 @@ def load_machine(directory: Path) -> Machine:
     if extensions.hwid != chip_id or dict(extensions.levels) != tcb.components():
         raise _damaged("the chip's description and certificate do not belong together")
     return Machine(line, chip_id, tcb, vcek.raw, ask.raw, ark.raw, key)
+
+
+def root_fingerprint(directory: Path) -> bytes:
+    """SHA-256 of the machine's ARK in DER, 32 bytes, without looking at any of its keys.
+
+    Raises:
+        StateError: ``machine-missing``, ``machine-damaged``.
+        BackendError: ``machine-io``.
+    """
+    _, ark = _certificates(directory, "cert_chain.pem", 2)
+    return hashlib.sha256(ark.raw).digest()
 
 
 def load_authority(directory: Path) -> Authority:

@@ -38,6 +38,7 @@ __all__ = [
     "broker_body",
     "hardware_body",
     "host_body",
+    "mint_body",
     "preload",
     "proxy_body",
     "vcpu_body",
@@ -144,6 +145,21 @@ def proxy_body(listener: socket.socket, url: str) -> Callable[[Emit, int], None]
         isolation = enter(Role.PROXY, uid=role_uid(Role.PROXY), landlock_rules=rules, tcp=True, parent=supervisor)
         emit("proxy", isolation=isolation.as_json())
         serve(listener, url)
+
+    return body
+
+
+def mint_body(folder: Path) -> Callable[[Emit, int], None]:
+    """Mint the machine. The authority's keys and the chip's never enter the memory that roles are forked from."""
+
+    def body(emit: Emit, supervisor: int) -> None:
+        from svsm.confine.process import bind_to_parent, harden
+        from svsm.hardware.machine_store import mint
+
+        del emit
+        harden()
+        bind_to_parent(supervisor)
+        mint(folder)
 
     return body
 

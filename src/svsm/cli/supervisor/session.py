@@ -161,7 +161,7 @@ class Session:
         return root_fingerprint(folder).hex()
 
     def _mint(self, folder: Path) -> None:
-        """In a process of its own: roles are forks of this one, and what it has seen, the host could find in its memory."""
+        """In a process of its own: roles are forks of this one, and what it has seen a hijacked host would find."""
         role = start_role("mint", bodies.mint_body(folder), debug=self._options.debug)
         self._roles[role.name] = role
         ended: list[bool] = []
