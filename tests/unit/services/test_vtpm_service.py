@@ -255,16 +255,20 @@ def test_clients_are_capped_and_places_come_back(machine: Machine) -> None:
         assert len(_ask(client, GET_RANDOM)) == 28
     refused: list[SvsmError] = []
     ours, theirs = socket.socketpair()
+    tried = threading.Event()
 
     def connect() -> None:
         try:
             machine.harness.tpm.connect(theirs.detach(), Endpoint.DATA, Transport.UNIX)
         except PolicyError as error:
             refused.append(error)
+        finally:
+            tried.set()
 
     machine.harness.loop.call_soon(connect)
     ours.settimeout(10)
     assert ours.recv(1) == b""
+    assert tried.wait(10)
     assert refused[0].code == "client-limit"
     ours.close()
     for client in clients:
