@@ -287,7 +287,9 @@ class Kernel:
 def _transport(descriptor: int) -> Transport:
     """How a client is connected, by the descriptor itself; what is no socket is refused where it is taken."""
     try:
-        with socket.socket(fileno=os.dup(descriptor)) as probe:
-            return Transport.UNIX if probe.family == socket.AF_UNIX else Transport.TCP
+        probe = socket.socket(fileno=descriptor)
     except OSError:
         return Transport.UNIX
+    family = probe.family
+    probe.detach()  # looked at only; a duplicate would have to be closed on every way out
+    return Transport.UNIX if family == socket.AF_UNIX else Transport.TCP
