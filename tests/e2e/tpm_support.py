@@ -114,6 +114,11 @@ class TpmClient:
             response += part
         return response
 
+    def exchange(self, message: bytes, length: int) -> bytes:
+        """Send something else and receive exactly so many bytes."""
+        self._socket.sendall(message)
+        return self._socket.recv(length, socket.MSG_WAITALL)
+
     def run(self, command: bytes) -> bytes:
         """As `ask`, repeated while the TPM says RETRY; the command must succeed."""
         response = self.ask(command)
@@ -225,13 +230,22 @@ class System:
         return code
 
     def kill(self, *, together_with: Sequence[int] = (), rng: random.Random | None = None) -> None:
-        """SIGKILL to every process of it and to others, in random order; returns when none of its own is left."""
+        """SIGKILL to every process of it and to others; returns when none of its own is left.
+
+        Without `rng` all stop at the same instant, as when the power goes: nobody sees anybody hang up. With it they
+        die one after the other in random order, and the living react to it (a kernel whose host is gone shuts its
+        TPMs down in order, if it has the time).
+        """
         own = self.processes()
         pids = [*own, *together_with]
-        (rng or random.Random()).shuffle(pids)
-        for pid in pids:  # whoever was born since dies with its parent
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        signals = [signal.SIGSTOP, signal.SIGKILL]
+        if rng is not None:
+            rng.shuffle(pids)
+            signals = signals[rng.randrange(2) :]
+        for number in signals:
+            for pid in pids:  # whoever was born since dies with its parent
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
         self.close()
         deadline = time.monotonic() + 5
         while any(map(is_alive, own)):
