@@ -26,6 +26,7 @@ from svsm.formats.errors import BackendError, StateError
 __all__ = ["StateDirectory", "default_directory"]
 
 _VERSION = 1
+_NEW_IDENTITY = "state.json.new"
 _FOLDERS = ("machine", "broker", "host", "run")
 
 
@@ -98,7 +99,9 @@ class StateDirectory:
 
     @classmethod
     def _create(cls, path: Path) -> StateDirectory:
-        if strangers := [entry.name for entry in path.iterdir() if entry.name != "lock"]:
+        # A first boot may have been killed before its rename.
+        ours = {"lock", _NEW_IDENTITY}
+        if strangers := [entry.name for entry in path.iterdir() if entry.name not in ours]:
             raise StateError(
                 f"{path} is not empty and is no state directory",
                 code="state-foreign",
@@ -107,7 +110,7 @@ class StateDirectory:
             )
         path.chmod(0o700)
         identity: dict[str, str | int] = {"version": _VERSION, "name": "default", "volume_id": str(uuid.uuid4())}
-        temporary = path / "state.json.new"
+        temporary = path / _NEW_IDENTITY
         temporary.write_text(json.dumps(identity) + "\n", encoding="utf-8")
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
