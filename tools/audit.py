@@ -88,13 +88,9 @@ def verdict(findings: Findings, expected: dict[str, str], *, strict: bool) -> tu
 
 
 def _audit() -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "pip_audit", "--require-hashes", "--disable-pip", "--progress-spinner", "off"]
-        + ["-f", "json", "-r", str(_LOCK)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-m", "pip_audit", "--require-hashes", "--disable-pip", "--progress-spinner", "off"]
+    command += ["-f", "json", "-r", str(_LOCK)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     # 0: nothing found, 1: something found; both come with an answer. Anything else, or no answer, is told as it is.
     if not done.stdout.startswith("{"):
         raise ValueError(f"pip-audit gave no answer: {done.stderr.strip()[-500:]}")
@@ -135,10 +131,10 @@ def _licence(name: str, version: str) -> dict[str, Any] | None:
         return None
     if installed.version != version:
         return None
-    expression = _LICENCES.get(name) or installed.metadata.get("License-Expression")
+    expression = _LICENCES.get(name) or installed.metadata.json.get("license_expression")
     if expression:
         return {"expression": expression}
-    text = installed.metadata.get("License")
+    text = installed.metadata.json.get("license")
     return {"license": {"name": text}} if text and "\n" not in text else None
 
 
