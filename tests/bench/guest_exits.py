@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """Figures of the vCPU: exits and calls per second, with the chip's side in the same machine but another process.
 
+    python -m tests.bench guest
     python -m tests.bench.guest_exits
 
-Prints one JSON object. `exits_per_s` is RUN → VMGEXIT → EXIT over the socket; `calls_per_s` is the stub and the
-kernel's request loop answering QUERY_PROTOCOL (two exits each: the call, and HLT).
+The second prints one JSON object. `exits_per_s` is RUN → VMGEXIT → EXIT over the socket; `calls_per_s` is the
+stub and the kernel's request loop answering QUERY_PROTOCOL (two exits each: the call, and HLT).
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import json
 import sys
 import time
 
+from tests.bench.report import Result, Row
 from tests.e2e.small_machine import Machine
 from tests.unit.hardware.vcpu_rig import CODE, GUEST, GUEST_BYTES, VcpuRig, registers
 
-__all__ = ["measure"]
+__all__ = ["bench", "measure"]
 
 
 def measure(count: int) -> dict[str, float]:
@@ -43,6 +45,17 @@ def measure(count: int) -> dict[str, float]:
         message = rig.run(registers(), time_limit_us=250_000)
         figures["blocks_per_s"] = message.registers.rax * 4
     return figures
+
+
+def bench(count: int = 5000) -> Result:
+    """For `python -m tests.bench`."""
+    found = measure(count)
+    rows = [
+        Row("exits", found["exits_per_s"], "1/s", more_is_better=True),
+        Row("calls (QUERY_PROTOCOL)", found["calls_per_s"], "1/s", more_is_better=True),
+        Row("basic blocks", found["blocks_per_s"], "1/s", more_is_better=True),
+    ]
+    return Result(rows, details={"count": count})
 
 
 if __name__ == "__main__":
