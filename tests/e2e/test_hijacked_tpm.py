@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import os
 import shutil
 import signal
@@ -22,7 +23,7 @@ import pytest
 
 from svsm.broker.service import VAULT_KEY_NAME, Broker
 from svsm.broker.vault import Vault
-from svsm.cli.supervisor.demonstration import guest_random
+from svsm.cli.supervisor.demonstration import guest_random, guest_tpm_command
 from svsm.confine import Role
 from svsm.confine.identity import role_uid
 from svsm.confine.syscalls import NUMBERS
@@ -38,7 +39,9 @@ from tests.e2e.hijacked import (
     smuggle,
     unprivileged_interpreter,
 )
-from tests.e2e.tpm_support import TpmClient, nv_define, nv_write
+from tests.e2e.tpm_support import System, TpmClient, folder, nv_define, nv_write, pcr_extend, pcr_read
+
+__all__ = ["folder"]
 
 pytestmark = [
     pytest.mark.e2e,
@@ -346,3 +349,36 @@ def test_what_the_host_hands_over_must_be_a_client(as_root: HijackedSystem) -> N
     time.sleep(0.2)
     assert [held_by(pid) for pid in (aim.kernel, aim.own)] == before
     others_are_well(as_root, aim)
+
+
+def guest_asks(system: System, command: bytes) -> bytes:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as driver:
+        driver.settimeout(30)
+        driver.connect(str(system.state / "run" / "guest.sock"))
+        return guest_tpm_command(driver, command)
+
+
+def test_the_guests_tpm_dies_alone_and_answers_failure_to_this_guest(folder: Path) -> None:
+    system = System(folder)
+    try:
+        first = system.start()
+        (service,) = (
+            pid
+            for pid in system.processes()
+            if f"Uid:\t{role_uid(Role.SERVICE, 1)}\t" in Path(f"/proc/{pid}/status").read_text()
+        )
+        extend, extended = pcr_extend(16, b"\7" * 32), hashlib.sha256(bytes(32) + b"\7" * 32).digest()
+        assert tpm.response_code(guest_asks(system, extend)) == 0
+        assert guest_asks(system, pcr_read(16))[-32:] == extended
+        os.kill(service, signal.SIGKILL)
+        for command in (pcr_read(16), tpm.startup(), tpm.get_random(8), extend):
+            assert guest_asks(system, command) == FAILURE
+        with TpmClient(system.where) as client:
+            assert len(client.run(tpm.get_random(8))) == 20
+        assert system.stop() == 0
+        again = system.start()  # a new guest: the same TPM, its PCRs anew
+        assert (again["ek_name"], again["guest_ek_name"]) == (first["ek_name"], first["guest_ek_name"])
+        assert guest_asks(system, pcr_read(16))[-32:] == bytes(32)
+        assert system.stop() == 0
+    finally:
+        system.close()

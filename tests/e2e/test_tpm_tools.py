@@ -114,9 +114,21 @@ def _cpu_ms(pid: int) -> float:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="counting the time of other uids' processes needs root")
 def test_nothing_runs_while_nobody_asks(system: System) -> None:
-    with TpmClient(system.where) as client:
+    with TpmClient(system.where) as client, contextlib.ExitStack() as others:
         client.run(tpm.get_random(8))
-        time.sleep(0.2)
+        half, deaf, mute, gone = (
+            others.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) for _ in range(4)
+        )
+        for connection in (half, deaf, gone):
+            connection.connect(str(system.where))
+        mute.connect(f"{system.where}.ctrl")
+        half.sendall(tpm.get_random(8)[:7])
+        deaf.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:  # until neither answers nor questions fit anywhere
+                deaf.send(tpm.get_random(48) * 50)
+        gone.shutdown(socket.SHUT_WR)
+        time.sleep(1)
         before = {pid: _cpu_ms(pid) for pid in system.processes()}
         assert len(before) >= 8
         time.sleep(_IDLE_SECONDS)
