@@ -5,8 +5,8 @@
     python -m tests.bench.bench_digest [MIB] [RUNS]
 
 The second prints one JSON object: commit and machine, milliseconds of the best run of each, and the ratio
-ideal / ours (1.0 is ideal, the target is 0.9). `plan_and_digest` is what `svsm igvm measure` does with a parsed file; `parse` comes before
-it. Pages are random and all different, so nothing is saved by remembering contents.
+ideal / ours (1.0 is ideal, the target is 0.9). `plan_and_digest` is what `svsm igvm measure` does with a parsed
+file; `parse` comes before it. Pages are random and all different, so nothing is saved by remembering contents.
 """
 
 from __future__ import annotations

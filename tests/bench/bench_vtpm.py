@@ -63,7 +63,9 @@ def start_swtpm(folder: Path, program: str) -> tuple[subprocess.Popen[bytes], Pa
     (folder / "swtpm").mkdir()
     state, flags = f"dir={folder / 'swtpm'}", "not-need-init,startup-clear"
     sockets = ["--server", f"type=unixio,path={where}", "--ctrl", f"type=unixio,path={where}.ctrl"]
-    process = subprocess.Popen([program, "socket", "--tpm2", "--tpmstate", state, "--flags", flags, *sockets])
+    process = subprocess.Popen(
+        [program, "socket", "--tpm2", "--tpmstate", state, "--flags", flags, *sockets], stderr=subprocess.DEVNULL
+    )
     _wait_for(where)
     return process, where
 
