@@ -52,10 +52,11 @@ def test_the_second_boot_finds_the_same_tpm(owner: Estate) -> None:
         assert tpm2("tpm2_nvread", again["tcti"], INDEX, "-C", "o", "-s", size) == CONTENTS
 
 
-def test_two_machines_have_two_tpms(owner: Estate, used: Vm) -> None:
+@pytest.mark.long
+def test_two_machines_at_a_broker_elsewhere_have_two_tpms(owner: Estate, used: Vm) -> None:
     names = []
     for vm in (used.twin(), owner.vm()):
-        with vm.boot() as instance:
+        with Instance(vm.state, "--broker", owner.url, "--image", str(owner.image)) as instance:
             ready = instance.ready()
             names += [ready["ek_name"], ready["guest_ek_name"]]
     assert len({*names, None}) == 5
@@ -133,6 +134,7 @@ def test_without_one_of_its_roles_the_whole_instance_ends(owner: Estate, role: s
         assert instance.ready()["ek_name"] == ready["ek_name"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["state.json", "another version", "a stranger's folder"])
 def test_a_state_that_is_not_ours_is_left_alone(owner: Estate, place: Path, name: str) -> None:
     state = owner.embedded()
@@ -170,6 +172,7 @@ def test_a_boot_needs_no_network_and_no_other_program(owner: Estate) -> None:
         assert instance.stop() == 0
 
 
+@pytest.mark.long
 def test_stop_while_booting_is_an_orderly_end(used: Vm) -> None:
     vm = used.twin()
     with vm.boot() as instance:
