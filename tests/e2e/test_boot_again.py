@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -182,3 +183,30 @@ def test_stop_while_booting_is_an_orderly_end(used: Vm) -> None:
     assert (ended.exit_code, ended.code) == (1, "boot-interrupted")
     with vm.boot() as instance:
         instance.ready()
+
+
+@pytest.mark.long
+def test_of_several_first_boots_at_once_one_wins(owner: Estate) -> None:
+    state = owner.embedded()
+    with contextlib.ExitStack() as stack:
+        instances = [stack.enter_context(Instance(state, "--image", str(owner.image))) for _ in range(4)]
+        deadline = time.monotonic() + 60
+        while (running := [one for one in instances if one.process.poll() is None]) != [] and len(running) > 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        (winner,) = running
+        winner.ready()
+        losers = [instance.ended() for instance in instances if instance is not winner]
+    assert [(ended.exit_code, ended.code) for ended in losers] == [(1, "state-busy")] * 3
+
+
+@pytest.mark.long
+def test_one_disk_serves_one_instance(used: Vm) -> None:
+    first, second = used.twin(), used.twin()
+    words = ("--disk", f"file:{first.disk}")
+    with first.boot(*words) as instance:
+        instance.ready()
+        with second.boot(*words) as other:
+            ended = other.ended()
+        assert (ended.exit_code, ended.code) == (1, "block-in-use")
+        assert random_bytes(first.state / "run" / "vtpm0.sock") is not None
