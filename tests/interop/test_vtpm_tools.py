@@ -284,26 +284,30 @@ def play_guesses(folder: Path, start: Callable[[], Served], scenario: Sequence[s
         What was seen: (step, counter and parameters) and the codes of guesses.
     """
     server = start()
-    tools = Tools(folder, server.tcti)
-    tools.run("nvdefine", "-C", "o", "-s", "8", "-p", "right", "-a", "authread|authwrite", "0x1500003")
-    (folder / "value").write_bytes(bytes(8))
-    tools.run("nvwrite", "-C", "0x1500003", "-P", "right", "-i", "value", "0x1500003")
-    tools.run("dictionarylockout", "-s", "-n", "5", "-t", "1000", "-l", "1000")
-    seen: list[object] = [_counter(server)]
-    for step in scenario:
-        if step == "guess":
-            seen.append(_guess(server))
-        elif step == "reset":
-            tools.run("dictionarylockout", "-c")
-        elif step == "kill":
-            server.kill()
-            server = start()
-        elif step == "stop":
-            if not orderly:
-                _raw(server, tpm.shutdown())
-            server.stop()
-            server = start()
-        seen.append((step, _counter(server)))
+    try:
+        tools = Tools(folder, server.tcti)
+        tools.run("nvdefine", "-C", "o", "-s", "8", "-p", "right", "-a", "authread|authwrite", "0x1500003")
+        (folder / "value").write_bytes(bytes(8))
+        tools.run("nvwrite", "-C", "0x1500003", "-P", "right", "-i", "value", "0x1500003")
+        tools.run("dictionarylockout", "-s", "-n", "5", "-t", "1000", "-l", "1000")
+        seen: list[object] = [_counter(server)]
+        for step in scenario:
+            if step == "guess":
+                seen.append(_guess(server))
+            elif step == "reset":
+                tools.run("dictionarylockout", "-c")
+            elif step == "kill":
+                server.kill()
+                server = start()
+            elif step == "stop":
+                if not orderly:
+                    _raw(server, tpm.shutdown())
+                server.stop()
+                server = start()
+            seen.append((step, _counter(server)))
+    except BaseException:
+        server.kill()
+        raise
     server.stop()
     return seen
 
