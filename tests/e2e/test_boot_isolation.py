@@ -221,6 +221,20 @@ def test_the_chips_key_is_in_the_memory_of_hardware_only(system: list[Seen]) -> 
     assert holders == {Role.HARDWARE}
 
 
+def test_a_hijacked_service_does_not_speak_for_the_kernel(system: list[Seen]) -> None:
+    service = next(seen for seen in system if seen.role is Role.SERVICE)
+    pipes = [entry for entry in Path(f"/proc/{service.pid}/fd").iterdir() if os.readlink(entry).startswith("pipe:")]
+    assert pipes
+    kernel = next(seen for seen in system if seen.role is Role.KERNEL)
+    assert {os.readlink(entry) for entry in pipes}.isdisjoint(kernel.descriptors)
+    for entry in pipes:
+        descriptor = os.open(entry, os.O_WRONLY | os.O_NONBLOCK)
+        os.write(descriptor, b'{"event":"failed","code":"forged","message":"gone"}\n{"event":"ready","tpms":[]}\n')
+        os.close(descriptor)
+    time.sleep(0.5)
+    assert all(_alive(seen.pid) for seen in system)
+
+
 def _memory(pid: int) -> bytes:
     """What a process holds in writable memory of its own."""
     found = []

@@ -172,10 +172,16 @@ def hardware_body(
     kernel_descriptors: Mapping[str, int],
     *,
     console: int,
+    service_console: int,
     tpms: int,
     landlock_cap: int | None,
 ) -> Callable[[Emit, int], None]:
-    """The chip."""
+    """The chip.
+
+    Args:
+        console: The kernel's event lines.
+        service_console: The services': a hijacked one must not speak for the kernel.
+    """
 
     def body(emit: Emit, supervisor: int) -> None:
         from svsm.hardware.machine import run_hardware
@@ -190,7 +196,7 @@ def hardware_body(
             spawner,
             kernel_uid=role_uid(Role.KERNEL),
             service_uids=[uid for uid in service_uids if uid is not None],
-            console=os.dup(console),
+            console=service_console,
             landlock_cap=landlock_cap,
         )
         isolation = enter(Role.HARDWARE, uid=role_uid(Role.HARDWARE), parent=supervisor, landlock_cap=landlock_cap)

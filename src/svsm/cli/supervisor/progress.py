@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from typing import TextIO
 
+from svsm.cli.supervisor.roles import printable
+
 __all__ = ["SCHEMA", "Progress"]
 
 SCHEMA = 1
@@ -93,7 +95,7 @@ class Progress:
 
     def _line(self, text: str, *, style: str = "") -> None:
         stamp = f"[{self.elapsed_ms / 1000:7.3f}] "
-        body = "  " * self._depth + text
+        body = "  " * self._depth + printable(text)
         if self._colour and style:
             body = f"\x1b[{style}m{body}\x1b[0m"
         print(stamp + body, file=self._out, flush=True)

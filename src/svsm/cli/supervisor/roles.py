@@ -21,7 +21,9 @@ from typing import Protocol
 
 from svsm.formats.errors import SvsmError
 
-__all__ = ["Emit", "Role", "start_role"]
+__all__ = ["Emit", "EventPipe", "Role", "printable", "start_role"]
+
+_MAX_LINE_BYTES = 64 << 10
 
 
 class Emit(Protocol):
@@ -30,26 +32,70 @@ class Emit(Protocol):
     def __call__(self, event: str, /, **members: object) -> None: ...
 
 
+def printable(text: str) -> str:
+    """What a process says, without what would move a terminal's cursor, or rename its window."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+class EventPipe:
+    """The reading end of a pipe with one JSON object per line; whoever writes into it may be hostile.
+
+    Args:
+        descriptor: Made non-blocking; owned.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        os.set_blocking(descriptor, False)
+        self._descriptor = descriptor
+        self._pending = b""
+        self._skips = False
+
+    def fileno(self) -> int:
+        """The descriptor to wait on."""
+        return self._descriptor
+
+    def read(self) -> list[dict[str, object]] | None:
+        """The events that have come; None when nobody can write any more."""
+        try:
+            data = os.read(self._descriptor, 1 << 16)
+        except BlockingIOError:
+            return []
+        if not data:
+            return None
+        first, *more = data.split(b"\n")
+        lines = [self._pending + first, *more]
+        *lines, self._pending = lines
+        if self._skips and lines:
+            del lines[0]
+            self._skips = False
+        if len(self._pending) > _MAX_LINE_BYTES:  # no end in sight: such a line is dropped
+            self._pending, self._skips = b"", True
+        return [event for line in lines if (event := _parse(line)) is not None]
+
+    def close(self) -> None:
+        """Close it."""
+        os.close(self._descriptor)
+
+
 class Role:
     """A started role, as the supervisor sees it."""
 
     def __init__(self, name: str, process_id: int, events: int) -> None:
         self.name = name
         self.process_id = process_id
-        self.events = events
+        self.events = EventPipe(events)
         self.pidfd = os.pidfd_open(process_id)
-        self._pending = b""
 
     def read_events(self) -> list[dict[str, object]] | None:
-        """What the role has reported; None when its pipe is closed."""
-        try:
-            data = os.read(self.events, 1 << 16)
-        except BlockingIOError:
-            return []
-        if not data:
-            return None
-        *lines, self._pending = (self._pending + data).split(b"\n")
-        return [event for line in lines if (event := _parse(line)) is not None]
+        """What the role has reported under its own name; None when its pipe is closed.
+
+        A hijacked role must not speak for the kernel: its events are `failed`, its name, and its name with more.
+        """
+        events = self.events.read()
+        return None if events is None else [event for event in events if self._may_say(str(event["event"]))]
+
+    def _may_say(self, event: str) -> bool:
+        return event in ("failed", self.name) or event.startswith(f"{self.name}-")
 
     def terminate(self) -> None:
         """Ask it to end."""
@@ -65,7 +111,7 @@ class Role:
         """Wait for its end; the exit status, negative for a signal."""
         _, status = os.waitpid(self.process_id, 0)
         os.close(self.pidfd)
-        os.close(self.events)
+        self.events.close()
         return os.waitstatus_to_exitcode(status)
 
 
@@ -102,7 +148,6 @@ def start_role(
     process_id = os.fork()
     if process_id:
         os.close(writer)
-        os.set_blocking(reader, False)
         return Role(name, process_id, reader)
     status = 1
     try:

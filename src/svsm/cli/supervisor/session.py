@@ -17,6 +17,7 @@ import selectors
 import signal
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from svsm.cli.supervisor import bodies
@@ -25,7 +26,7 @@ from svsm.cli.supervisor.demonstration import guest_random, socket_random
 from svsm.cli.supervisor.image import Image, image_body
 from svsm.cli.supervisor.progress import Progress
 from svsm.cli.supervisor.release import Release, last_release, remember, what_changed
-from svsm.cli.supervisor.roles import Role, start_role
+from svsm.cli.supervisor.roles import EventPipe, Role, printable, start_role
 from svsm.cli.supervisor.state import StateDirectory
 from svsm.formats.errors import BackendError, IntegrityError, PolicyError, StateError, SvsmError
 from svsm.formats.launch_configuration import LaunchConfiguration, TpmConfiguration, TpmFront
@@ -69,12 +70,11 @@ class Session:
         self._selector = selectors.DefaultSelector()
         self._ready: dict[str, object] = {}
         self._facts: dict[str, dict[str, object]] = {}
-        self._reduced: list[str] = []
+        self._reduced: set[str] = set()
         self._failure: SvsmError | None = None
         self._stop_asked = False
         self._power: socket.socket | None = None
-        self._console_fd: int | None = None
-        self._console = b""
+        self._consoles: list[tuple[EventPipe, Callable[[dict[str, object]], None]]] = []
         self._minting_seconds = 0.0
         self._release: Release | None = None
 
@@ -282,10 +282,8 @@ class Session:
             hardware_vcpu, vcpu_hardware = pair()
             self._power, host_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             mine.enter_context(host_control)
-            self._console_fd, kernel_console = os.pipe2(os.O_CLOEXEC)
-            os.set_blocking(self._console_fd, False)
-            mine.callback(os.close, kernel_console)
-            self._selector.register(self._console_fd, selectors.EVENT_READ, self._read_console)
+            kernel_console = self._pipe(mine, self._take_kernel)
+            service_console = self._pipe(mine, self._take_service)
             cap = self._options.landlock_cap
             guest = _has_unicorn()
             self._start(
@@ -297,6 +295,7 @@ class Session:
                     memory,
                     {"host": kernel_host.fileno()},
                     console=kernel_console,
+                    service_console=service_console,
                     tpms=len(_TPMS),
                     landlock_cap=cap,
                 ),
@@ -306,6 +305,7 @@ class Session:
                     hardware_vcpu.fileno(),
                     kernel_host.fileno(),
                     kernel_console,
+                    service_console,
                 ],
             )
             if guest:
@@ -377,7 +377,7 @@ class Session:
 
     def _announce(self, state: StateDirectory, boot_ms: int) -> None:
         progress = self._progress
-        event = {**self._ready, "boot_ms": boot_ms, "isolation": {"reduced": sorted(set(self._reduced))}}
+        event = {**self._ready, "boot_ms": boot_ms, "isolation": {"reduced": sorted(self._reduced)}}
         if "tcp" in self._facts:
             event["tcti_tcp"] = f"swtpm:host=127.0.0.1,port={self._facts['tcp']['port']}"
         if self._release is not None:
@@ -385,7 +385,7 @@ class Session:
         ready = state.folder("run") / f".ready.{secrets.token_hex(4)}"
         ready.write_text(json.dumps(event) + "\n", encoding="utf-8")
         ready.rename(state.folder("run") / "ready.json")
-        for reduction in sorted(set(self._reduced)):
+        for reduction in sorted(self._reduced):
             progress.note(f"isolation is reduced here: {reduction}")
         progress.fact("ready", f"in {boot_ms} ms; try: tpm2_getrandom -T {self._ready['tcti']} --hex 8")
         progress.fact("stop", "Ctrl-C, or svsm stop")
@@ -429,30 +429,41 @@ class Session:
         for event in events:
             self._take(event)
 
-    def _read_console(self) -> None:
-        if self._console_fd is None:
-            return
-        try:
-            data = os.read(self._console_fd, 1 << 16)
-        except BlockingIOError:
-            return
-        if not data:
-            self._selector.unregister(self._console_fd)
-            os.close(self._console_fd)
-            self._console_fd = None
-            return
-        *lines, self._console = (self._console + data).split(b"\n")
-        for line in lines:
-            with contextlib.suppress(ValueError, RecursionError):
-                event = json.loads(line)
-                if isinstance(event, dict) and isinstance(event.get("event"), str):
-                    self._take({**event, "role": event.get("role", "kernel")})
+    def _pipe(self, mine: contextlib.ExitStack, take: Callable[[dict[str, object]], None]) -> int:
+        """The writing end, closed here with `mine`, of a pipe whose events go to `take`."""
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        mine.callback(os.close, writer)
+        pipe = EventPipe(reader)
+        self._consoles.append((pipe, take))
+        self._selector.register(pipe, selectors.EVENT_READ, lambda: self._read_console(pipe, take))
+        return writer
+
+    def _read_console(self, pipe: EventPipe, take: Callable[[dict[str, object]], None]) -> None:
+        events = pipe.read() if (pipe, take) in self._consoles else []
+        if events is None:
+            self._consoles.remove((pipe, take))
+            self._selector.unregister(pipe)
+            pipe.close()
+        for event in events or []:
+            take(event)
+
+    def _take_kernel(self, event: dict[str, object]) -> None:
+        self._take({**event, "role": "kernel"})
+
+    def _take_service(self, event: dict[str, object]) -> None:
+        """A service's loader says how it is confined, or why it does not start. Once clients can reach a service it
+        may be hijacked, and nothing that it says ends the VM: that it died is the kernel's business."""
+        if event["event"] == "confined":
+            self._take_isolation(event)
+        elif event["event"] in ("failed", "refused"):
+            if "ready" not in self._facts:
+                self._fail({**event, "role": "service"})
+            else:
+                self._progress.note(f"a service says that it failed: {str(event.get('code'))[:64]}")
 
     def _take(self, event: dict[str, object]) -> None:
         name = str(event["event"])
-        isolation = event.get("isolation")
-        if isinstance(isolation, dict) and isinstance(isolation.get("reduced"), list):
-            self._reduced += [str(entry) for entry in isolation["reduced"]]
+        self._take_isolation(event)
         if name in ("failed", "refused"):
             self._fail(event)
         elif name in ("log", "client-refused", "storage-failed", "no-guest", "guest-stopped"):
@@ -463,18 +474,22 @@ class Session:
                 self._progress.note(f"{name}: {event.get('message') or event.get('reason')}")
         self._facts.setdefault(name, event)
 
+    def _take_isolation(self, event: dict[str, object]) -> None:
+        isolation = event.get("isolation")
+        if isinstance(isolation, dict) and isinstance(isolation.get("reduced"), list):
+            self._reduced |= {printable(str(entry))[:64] for entry in isolation["reduced"][:8]}
+
     def _fail(self, event: dict[str, object]) -> None:
         if self._failure is not None:
             return
-        code, message, hint = (event.get(key) for key in ("code", "message", "hint"))
-        details = {"role": str(event.get("role"))}
-        if isinstance(event.get("reason"), str):
-            details["reason"] = str(event["reason"])
+        texts = {key: printable(value) for key, value in event.items() if isinstance(value, str)}
+        code, message, hint = (texts.get(key) for key in ("code", "message", "hint"))
+        details: dict[str, str] = {key: texts[key] for key in ("role", "reason") if key in texts}
         if isinstance(event.get("places"), list) and self._options.debug:
             details["places"] = json.dumps(event["places"])
         refused = event.get("exit_code") == PolicyError.exit_code or event.get("event") == "refused"
         kind = PolicyError if refused else BackendError
-        self._failure = kind(str(message), code=str(code), hint=str(hint) if isinstance(hint, str) else None, **details)
+        self._failure = kind(message or "no message", code=code or "role-fault", hint=hint, **details)
 
     def _role_ended(self, role: Role) -> None:
         self._selector.unregister(role.pidfd)
@@ -486,7 +501,8 @@ class Session:
         if role.name == "image" and "image" in self._facts:
             return  # the only one that has an end; `_dismiss` takes it away
         if not self._stop_asked and self._failure is None:
-            self._read_console()
+            for pipe, take in list(self._consoles):
+                self._read_console(pipe, take)
         if not self._stop_asked and self._failure is None and "host-ended" in self._facts:
             self._failure = self._vm_ended()
         if not self._stop_asked and self._failure is None:
@@ -511,8 +527,8 @@ class Session:
             "the virtual machine ended",
             code="boot-vm-ended",
             hint="the kernel's last events say more: run again with --json",
-            reason=str(end.get("reason")),
-            kernel_status=str(end.get("kernel_status")),
+            reason=printable(str(end.get("reason"))),
+            kernel_status=printable(str(end.get("kernel_status"))),
         )
 
     # --- the end ---

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""What the supervisor believes of what its roles write: bounded, in their own names, no control characters."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from svsm.cli.supervisor.progress import Progress
+from svsm.cli.supervisor.roles import EventPipe, Role, printable
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[EventPipe, int]]:
+    reader, writer = os.pipe()
+    yield EventPipe(reader), writer
+    os.close(writer)
+
+
+def test_events_come_whole_whatever_the_pieces(pipe: tuple[EventPipe, int]) -> None:
+    events, writer = pipe
+    os.write(writer, b'{"event":"a"}\n{"ev')
+    assert events.read() == [{"event": "a"}]
+    os.write(writer, b'ent":"b"}\nnonsense\n[]\n{"event":1}\n')
+    assert events.read() == [{"event": "b"}]
+    assert events.read() == []
+
+
+def test_a_line_without_end_is_dropped_and_the_next_one_is_not(pipe: tuple[EventPipe, int]) -> None:
+    events, writer = pipe
+    for _ in range(40):
+        os.write(writer, b"x" * 60_000)
+        assert events.read() == []
+        assert len(events._pending) <= 64 << 10
+    os.write(writer, b'"}\n{"event":"after"}\n')
+    assert events.read() == [{"event": "after"}]
+
+
+def test_a_role_speaks_in_its_own_name_only() -> None:
+    reader, writer = os.pipe()
+    role = Role("host", os.getpid(), reader)
+    for name in ("host", "host-launched", "failed", "ready", "attested", "refused", "hostile", "broker"):
+        os.write(writer, json.dumps({"event": name}).encode() + b"\n")
+    assert [event["event"] for event in role.read_events() or []] == ["host", "host-launched", "failed"]
+    os.close(writer)
+    assert role.read_events() is None
+    role.events.close()
+    os.close(role.pidfd)
+
+
+def test_no_escape_sequence_reaches_the_terminal() -> None:
+    assert printable("\x1b]0;owned\x07 é\n\u202e") == "?]0;owned? é??"
+    out = io.StringIO()
+    progress = Progress(as_json=False, out=out)
+    progress.note("vtpm0: \x1b[2J\r\ngone")
+    assert out.getvalue().count("\n") == 1
+    assert "\x1b" not in out.getvalue()
