@@ -71,7 +71,7 @@ def bench(times: int = 7, firsts: int = 3) -> Result:
         Row("ready, with a TPM operation each", best["ready"], "ms"),
         Row("CPU time of a boot", best["cpu"], "ms"),
         Row("first boot: TPM ready, without minting", best_first["tpm_ready"], "ms", _FIRST_TARGET_MS),
-        Row("the same, nothing compiled yet", cold["tpm_ready"], "ms", _FIRST_TARGET_MS),
+        Row("the same, no compiled payload modules cached", cold["tpm_ready"], "ms", _FIRST_TARGET_MS),
         Row("minting the machine, once", best_first["mint"], "ms"),
     ]
     rows += [Row(name, value, "ms") for name, value in best.items() if name.startswith("step ")]
