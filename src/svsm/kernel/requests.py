@@ -9,7 +9,10 @@
 
 An exit is a call only if the VMSA says VMGEXIT *and* the calling area's call_pending was 1; call_pending is cleared
 before anything is served. While the SVSM works on a VMSA its EFER.SVME is clear, which keeps the host from running
-that vCPU; it is set again just before re-entry. Inputs that a call does not change come back unchanged.
+that vCPU; it is set again just before re-entry, as the last thing that is written. A host may have run the vCPU again
+before it said that it had stopped: that shows as a VMSA in use, and such a guest is stopped. Otherwise the registers
+that the SVSM writes back would undo what the guest has done meanwhile. Inputs that a call does not change come back
+unchanged.
 
 Nothing here waits: `on_exit` handles one exit and returns, `Call.complete` continues a call later. What the guest
 does wrong ends in a result code or, where it can get no answer, in STOPPED with a reason; it never ends the kernel.
@@ -23,17 +26,24 @@ import enum
 from typing import Final
 
 from svsm.abi.errors import BackendError, StateError, SvsmError
-from svsm.abi.platform import PAGE_SIZE, Gpa
-from svsm.formats.snp.vmsa import VmsaView
+from svsm.abi.platform import PAGE_SIZE, Gpa, Permission
+from svsm.formats.snp.vmsa import VMSA_FIELDS, VmsaView
+from svsm.kernel.protocols.core import GUEST_VMPL
 from svsm.kernel.protocols.guest_memory import CALLING_AREA_BYTES, GuestMemory, GuestPlatform
 from svsm.kernel.protocols.table import Call, ProtocolTable, Reply
 
-__all__ = ["EXIT_HLT", "EXIT_INTR", "EXIT_VMGEXIT", "GuestState", "RequestLoop"]
+__all__ = ["EXIT_HLT", "EXIT_INTR", "EXIT_NONE", "EXIT_VMGEXIT", "GuestState", "RequestLoop"]
 
 EXIT_INTR: Final = 0x60
 EXIT_HLT: Final = 0x78
 EXIT_VMGEXIT: Final = 0x403
+EXIT_NONE: Final = (1 << 64) - 1
+"""In a VMSA that runs, or will: there has been no exit."""
 _EFER_SVME: Final = 1 << 12
+_EFER_OFFSET: Final = VMSA_FIELDS["efer"][0]
+_EFER_BYTES: Final = VMSA_FIELDS["efer"][1]
+_MAX_TAKES: Final = 4
+"""Tries to take a VMSA: the hardware may be storing an exit at the same moment, once."""
 
 
 class GuestState(enum.Enum):
@@ -76,8 +86,8 @@ class RequestLoop:
             StateError: ``guest-state`` when it has been started.
         """
         self._demand(GuestState.NOT_STARTED)
-        self._load()
-        self._enter()
+        if self._load() is not None:
+            self._enter()
 
     def resume(self) -> None:
         """Let a halted vCPU go on: something has happened that it may want to see.
@@ -96,6 +106,8 @@ class RequestLoop:
         """
         self._demand(GuestState.RUNNING)
         vmsa = self._load()
+        if vmsa is None:
+            return
         code = vmsa.get("guest_exit_code")
         if code == EXIT_HLT:
             self.state = GuestState.HALTED
@@ -151,18 +163,44 @@ class RequestLoop:
 
     # --- the VMSA --------------------------------------------------------------------------------------------
 
-    def _load(self) -> VmsaView:
-        """Take the VMSA into our hands: read it, and clear EFER.SVME in it."""
-        self._page[:] = self._platform.read(self._vmsa_gpa, PAGE_SIZE)
+    def _load(self) -> VmsaView | None:
+        """Take the VMSA into our hands: clear EFER.SVME in it, see that it is not in use, then read it.
+
+        None when the host runs it now; the guest is stopped then.
+        """
         vmsa = VmsaView(self._page)
-        vmsa.set("efer", vmsa.get("efer") & ~_EFER_SVME)
-        self._platform.write(self._vmsa_gpa, self._page)
-        return vmsa
+        for _ in range(_MAX_TAKES):
+            self._page[:] = self._platform.read(self._vmsa_gpa, PAGE_SIZE)
+            if not vmsa.get("efer") & _EFER_SVME and self._is_idle():
+                # Nobody can have entered it since it was clear, so what follows the question is final.
+                self._page[:] = self._platform.read(self._vmsa_gpa, PAGE_SIZE)
+                if not vmsa.get("efer") & _EFER_SVME:
+                    return vmsa
+            self._write_efer(vmsa.get("efer") & ~_EFER_SVME)
+        self._stop("the host runs the vCPU while the SVSM works on it")
+        return None
+
+    def _is_idle(self) -> bool:
+        """RMPADJUST that changes nothing: it fails for the VMSA of a vCPU that runs."""
+        try:
+            self._platform.adjust(
+                self._vmsa_gpa, size_bytes=PAGE_SIZE, vmpl=GUEST_VMPL, permissions=Permission.NONE, vmsa=True
+            )
+        except BackendError:
+            raise
+        except SvsmError:
+            return False
+        return True
+
+    def _write_efer(self, value: int) -> None:
+        self._platform.write(Gpa(self._vmsa_gpa + _EFER_OFFSET), value.to_bytes(_EFER_BYTES, "little"))
 
     def _enter(self) -> None:
         vmsa = VmsaView(self._page)
-        vmsa.set("efer", vmsa.get("efer") | _EFER_SVME)
+        vmsa.set("guest_exit_code", EXIT_NONE)
         self._platform.write(self._vmsa_gpa, self._page)
+        # From here on the host can run it; nothing else may be written.
+        self._write_efer(vmsa.get("efer") | _EFER_SVME)
         self.state = GuestState.RUNNING
         self._platform.run_guest(self._vmsa_gpa)
 

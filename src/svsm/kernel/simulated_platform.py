@@ -271,8 +271,9 @@ class SimulatedPlatform:
             if answer.arguments[ghcb.ANSWER_INFO_2]:
                 raise BackendError("the host refused the vCPU", code="platform-host-refused", gpa=vmsa_gpa)
             self._known_vmsas.add(vmsa_gpa)
-        view.set("guest_exit_code", _NO_EXIT)
-        self._window.write(vmsa_gpa, page)
+        if view.get("guest_exit_code") != _NO_EXIT:  # else it may be running already, and its registers changing
+            view.set("guest_exit_code", _NO_EXIT)
+            self._window.write(vmsa_gpa, page)
         self._run = _Run(vmsa_gpa, self._ask_to_run())
 
     def guest_exit(self) -> GuestExit | None:

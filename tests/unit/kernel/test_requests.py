@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -115,6 +117,49 @@ def test_svme_is_clear_and_call_pending_cleared_while_a_call_is_served() -> None
     assert seen == [(0xD00, b"\0")]
     assert vmsa.get("efer") == 0xD00 | SVME
     assert [vmsa.get(name) for name in ("rax", "rcx", "rdx", "r8")] == [0, 9, 5, 6]
+
+
+def _in_use() -> ProtocolError:
+    return ProtocolError("in use", code="platform-instruction", instruction_code=3)
+
+
+def test_a_vcpu_that_the_host_runs_again_is_not_written_over() -> None:
+    guest = Guest()
+    guest.world.platform.refuse["revoke", VMSA] = _in_use()
+    before = {"rax": 6, "rcx": 1, "rip": 0x7777}
+    vmsa = guest.exit(**before)
+    assert guest.loop.state is GuestState.STOPPED
+    assert "host runs the vCPU" in (guest.loop.stop_reason or "")
+    assert {name: vmsa.get(name) for name in before} == before
+    assert guest.world.peek(CALLING_AREA, 1) == b"\1"
+    assert guest.world.platform.runs == 1
+
+
+def test_an_exit_that_is_stored_while_the_vmsa_is_taken_is_the_one_that_counts() -> None:
+    guest = Guest()
+    platform = guest.world.platform
+    adjust = platform.adjust
+
+    def store(*arguments: Any, **more: Any) -> None:
+        # The hardware finishes storing an exit (EFER.SVME and all) before it answers the instruction.
+        platform.adjust = adjust  # type: ignore[method-assign]
+        vmsa = guest.world.vmsa()
+        vmsa.set("efer", vmsa.get("efer") | SVME)
+        vmsa.set("rcx", 2 << 32 | 1)
+        adjust(*arguments, **more)
+
+    platform.adjust = store  # type: ignore[method-assign]
+    vmsa = guest.exit(**QUERY_CORE)
+    assert (vmsa.get("rax"), vmsa.get("rcx")) == (Result.SUCCESS, 0)  # there is no protocol 2 here
+    assert guest.loop.state is GuestState.RUNNING
+
+
+def test_nothing_is_written_once_the_host_can_run_the_vcpu() -> None:
+    guest = Guest()
+    guest.exit(**QUERY_CORE)
+    log = guest.world.platform.log
+    assert log[-3:] == [("write", VMSA), ("write", VMSA + 0xD0), ("run", VMSA)]
+    assert guest.world.vmsa().get("guest_exit_code") == (1 << 64) - 1
 
 
 def test_all_four_inputs_reach_the_handler() -> None:
