@@ -18,7 +18,19 @@ import pytest
 
 from svsm.cli.supervisor.state import StateDirectory
 from svsm.confine import Role
-from tests.e2e.boot_support import Estate, Instance, Vm, descendants, is_alive, process_of, random_bytes, svsm
+from tests.e2e.boot_support import (
+    SILENT,
+    Estate,
+    Instance,
+    Script,
+    Vm,
+    descendants,
+    honest,
+    is_alive,
+    process_of,
+    random_bytes,
+    svsm,
+)
 from tests.support import peer
 
 pytestmark = pytest.mark.e2e
@@ -174,12 +186,14 @@ def test_a_boot_needs_no_network_and_no_other_program(owner: Estate) -> None:
 
 
 @pytest.mark.long
-def test_stop_while_booting_is_an_orderly_end(used: Vm) -> None:
+@pytest.mark.parametrize("script", [honest, lambda _number, _body, _ask: SILENT], ids=["honest", "silent"])
+def test_stop_while_booting_ends_it_soon(used: Vm, script: Script) -> None:
+    """Also while the kernel waits for a host that says nothing."""
     vm = used.twin()
-    with vm.boot() as instance:
+    with vm.middleman(script) as middle, vm.boot(serial=middle.path) as instance:
         instance.wait_for("step", step="attestation", state="started")
-        StateDirectory.existing(vm.state).stop(timeout_s=10)
-        ended = instance.ended(seconds=10)
+        assert StateDirectory.existing(vm.state).stop(timeout_s=8)
+        ended = instance.ended(seconds=5)
     assert (ended.exit_code, ended.code) == (1, "boot-interrupted")
     with vm.boot() as instance:
         instance.ready()

@@ -42,6 +42,7 @@ from svsm.storage.volume import Volume
 __all__ = ["Kernel", "main"]
 
 _DEVICE_SECONDS = 30.0
+_MAX_KEPT_DEVICES = 64
 _ATTESTATION_SECONDS = 60.0
 _TPM_SECONDS = 30.0
 _LAUNCH_VMSA_GPA = Gpa(0xFFFF_FFFF_F000)
@@ -129,22 +130,32 @@ class Kernel:
         )
 
     def _device(self, kind: DeviceKind) -> Device:
-        """Wait for the first device of a kind; others are kept for later."""
+        """Wait for the first device of a kind; a few others are kept for later, the rest are closed."""
         deadline = time.monotonic() + _DEVICE_SECONDS
-        while True:
-            while (device := self._platform.next_device()) is not None:
+        for kept in self._devices:
+            if kept.kind is kind:
+                self._devices.remove(kept)
+                return kept
+        # The host may offer devices without end: neither their number nor the waiting may grow with them.
+        while time.monotonic() < deadline and not self._platform.host_gone:
+            device = self._platform.next_device()
+            if device is None:
+                if self._platform.shutdown_asked:
+                    break
+                self._platform.take_interrupt()  # no guest runs yet that it could wake
+                self._platform.wait(deadline=deadline)
+            elif device.kind is kind:
+                return device
+            elif len(self._devices) < _MAX_KEPT_DEVICES:
                 self._devices.append(device)
-            for device in self._devices:
-                if device.kind is kind:
-                    self._devices.remove(device)
-                    return device
-            if self._platform.host_gone or not self._platform.wait(deadline=deadline):
-                raise BackendError(
-                    f"the host gives no {kind.value}",
-                    code="boot-device-missing",
-                    hint="the hypervisor must offer a serial line and a disk",
-                    device=kind.value,
-                )
+            else:
+                os.close(device.descriptor)
+        raise BackendError(
+            f"the host gives no {kind.value}",
+            code="boot-device-missing",
+            hint="the hypervisor must offer a serial line and a disk",
+            device=kind.value,
+        )
 
     def _open_volume(self, release: Release, birth: Birth) -> Volume:
         device = open_disk(self._device(DeviceKind.DISK).descriptor)

@@ -73,6 +73,7 @@ class Session:
         self._reduced: set[str] = set()
         self._failure: SvsmError | None = None
         self._stop_asked = False
+        self._is_ready = False
         self._power: socket.socket | None = None
         self._consoles: list[tuple[EventPipe, Callable[[dict[str, object]], None]]] = []
         self._minting_seconds = 0.0
@@ -550,6 +551,7 @@ class Session:
         self._selector.register(reader, selectors.EVENT_READ, asked)
 
     def _serve(self) -> None:
+        self._is_ready = True
         while not self._stop_asked and self._failure is None:
             self._poll(None)
         if self._failure is None:
@@ -557,7 +559,8 @@ class Session:
 
     def _tear_down(self) -> None:
         """End every role: the VM in order if it still runs, the others after it."""
-        in_order = self._stop_asked and self._failure is None
+        # Before it was ready nothing was acknowledged to anybody, and the kernel may be waiting for a silent host.
+        in_order = self._stop_asked and self._failure is None and self._is_ready
         self._stop_asked = True
         if self._power is not None:
             self._power.close()
