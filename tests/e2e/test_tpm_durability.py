@@ -105,11 +105,12 @@ class Rounds:
         """Start, and cut the power somewhere on the way."""
         self.disk.start()
         self.system.launch()
-        time.sleep(self.rng.uniform(0.3, 2.5))
+        time.sleep(self.rng.uniform(0.3, 2.0))
         self.cut()
 
     def prepare(self) -> None:
         """First boot; define the indices."""
+        self.system.pin_image()
         self.boot()
         with TpmClient(self.system.where) as client:
             for index, size in INDICES.items():
@@ -173,6 +174,7 @@ def test_the_dictionary_attack_counter_moves_as_swtpms(folder: Path, scenario: l
         (folder / name).mkdir()
     theirs = play_guesses(folder / "theirs", lambda: swtpm_server(folder / "theirs"), scenario, orderly=False)
     system = System(folder / "ours")
+    system.pin_image()
 
     def start() -> System:
         system.start()

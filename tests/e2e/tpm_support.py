@@ -9,6 +9,7 @@ reaches the file in pieces, when it dies.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -17,13 +18,18 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
+from svsm.broker.service import Broker
 from svsm.formats import tpm
+from svsm.formats.settings import Settings
 from svsm.formats.tpm import CommandHeader
+from svsm.launch.build import build_image
+from svsm.launch.payload import build_payload
 from svsm.testing.diskprocess import tear
 from tests.e2e.boot_support import Event, Instance, descendants, is_alive, short_folder
 
@@ -191,6 +197,19 @@ class System:
         self._wrap = wrap
         self._environment = {**os.environ, **(environment or {})}
         self._instance: Instance | None = None
+
+    def pin_image(self) -> None:
+        """Before the first boot: one image for all boots, whatever happens to the checkout meanwhile."""
+        self.state.mkdir(mode=0o700)
+        identity = {"version": 1, "name": "default", "volume_id": str(uuid.uuid4())}
+        (self.state / "state.json").write_text(json.dumps(identity))
+        broker = Broker.open(self.state / "broker")
+        settings = Settings(broker.public_key).pack()
+        broker.close()
+        payload = build_payload()
+        image = self.state.parent / "image.igvm"
+        image.write_bytes(build_image(loader=payload.loader, archive=payload.archive, settings=settings))
+        self.options = (*self.options, "--image", str(image))
 
     @property
     def where(self) -> Path:
