@@ -69,6 +69,11 @@ class PhysicalWindow:
         """Where the page of byte `gpa` is mapped from; None when it is not."""
         return self._pages.get(gpa // PAGE_SIZE)
 
+    def kinds(self, gpa: int, length: int) -> dict[int, MemoryKind]:
+        """Where each mapped page of a range is mapped from, by its address."""
+        first, last = gpa // PAGE_SIZE, (gpa + length) // PAGE_SIZE
+        return {page * PAGE_SIZE: self._pages[page] for page in range(first, last) if page in self._pages}
+
     def show(self, gpa: int, length: int, kind: MemoryKind) -> None:
         """Map whole pages, in place of whatever was mapped there.
 

@@ -146,13 +146,13 @@ class SimulatedPlatform:
             ProtocolError: ``platform-address``, ``platform-instruction`` (with ``instruction_code``).
         """
         self._check_page(gpa, size_bytes)
-        kind = self._window.kind_of(gpa)
-        if not validated and kind is not None:
+        kinds = {} if validated else self._window.kinds(gpa, size_bytes)
+        if kinds:
             self._window.hide(gpa, size_bytes)
         code, carry = self._instructions.execute(Instruction.PVALIDATE, gpa, size_bytes, int(validated))
         if code != InstructionCode.SUCCESS:
-            if not validated and kind is not None:
-                self._window.show(gpa, size_bytes, kind)
+            for page, kind in kinds.items():
+                self._window.show(page, PAGE_SIZE, kind)
             raise _instruction_failed("PVALIDATE", gpa, code)
         if not carry:
             self._forget(gpa, size_bytes)

@@ -410,3 +410,18 @@ def test_vcpus_do_not_overlap(vmsa: Gpa, area: Gpa) -> None:
     with pytest.raises(Exception, match="overlap") as caught:
         World.make().memory.register(VcpuArea(Gpa(vmsa), Gpa(area)))
     assert getattr(caught.value, "code", None) == "guest-vcpu-overlap"
+
+
+def test_a_call_changes_a_bounded_amount_of_memory_and_says_where_to_go_on() -> None:
+    world = World.make()
+    world.platform.large_pages = True
+    large = BASE + (4 << 20)
+    entries = [large | 1 << 3 | 1 << 2 | 1] * 6  # validated already, "never mind": each zeroes 2 MiB
+    done, calls = 0, 0
+    while done < len(entries):
+        result, reached = pvalidate(world, entries, start=done)
+        assert result in (Result.SUCCESS, Result.INCOMPLETE)
+        assert 0 < reached - done <= 2
+        assert (result == Result.SUCCESS) == (reached == len(entries))
+        done, calls = reached, calls + 1
+    assert calls == 3

@@ -90,6 +90,25 @@ def test_a_page_through_its_life(size: int) -> None:
         assert machine.hypervisor._shared(GUEST, 12) == b"for the host"
 
 
+def test_a_refused_large_pvalidate_maps_nothing_that_was_not_mapped() -> None:
+    with running_machine() as machine:
+        platform = machine.platform
+        platform.change_state(GUEST, size_bytes=LARGE_PAGE_SIZE, private=True)
+        platform.validate(GUEST, size_bytes=LARGE_PAGE_SIZE, validated=True)
+        platform.validate(Gpa(GUEST + PAGE), size_bytes=PAGE, validated=False)
+        platform.adjust(GUEST, size_bytes=PAGE, vmpl=Vmpl(2), permissions=Permission.ALL, vmsa=False)
+        platform.write(GUEST, b"open")
+        platform.write(Gpa(GUEST + 2 * PAGE), b"private")
+        with pytest.raises(ProtocolError) as error:
+            platform.validate(GUEST, size_bytes=LARGE_PAGE_SIZE, validated=False)
+        assert error.value.details["instruction_code"] == InstructionCode.FAIL_SIZEMISMATCH
+        assert platform.read(GUEST, 4) == b"open"
+        assert platform.read(Gpa(GUEST + 2 * PAGE), 7) == b"private"
+        with pytest.raises(ProtocolError) as error:
+            platform.read(Gpa(GUEST + PAGE), 1)
+        assert error.value.code == "platform-not-validated"
+
+
 def test_pvalidate_zeroes() -> None:
     with running_machine() as machine:
         platform = machine.platform

@@ -32,6 +32,10 @@ _LARGE: Final = 2 << 20
 _UNCHANGED: Final = 0x10
 """The protocol-specific code for "the carry flag was set": the page is in that state already."""
 _MASK32: Final = 0xFFFF_FFFF
+_MAX_BYTES_PER_CALL: Final = 4 << 20
+"""How much memory one call may change before the others get their turn (a few hundredths of a second)."""
+_ENTRY_COST: Final = 32 << 10
+"""A small page counts as so many bytes: two instructions of the hardware cost more than the page."""
 
 
 @record(size=8, byte_order="little")
@@ -106,6 +110,8 @@ class _Core:
     def pvalidate(self, call: Call) -> Reply:
         """RCX: GPA of a list. `next` in it is advanced for each success and written back, also after a failure.
 
+        INCOMPLETE when there is more than fits into one call: the guest calls again, and goes on at `next`.
+
         The list is read once: what the guest changes meanwhile (or what an entry does to the list's own page)
         has no effect on this call.
         """
@@ -119,10 +125,16 @@ class _Core:
         packed = self._memory.read(start, (header.entries - header.next) * _ENTRY_BYTES)
         result: int = Result.SUCCESS
         done = header.next
+        left = _MAX_BYTES_PER_CALL
         for at in range(0, len(packed), _ENTRY_BYTES):
-            result = self._try_entry(int.from_bytes(packed[at : at + _ENTRY_BYTES], "little"))
+            if left <= 0:
+                result = Result.INCOMPLETE
+                break
+            entry = int.from_bytes(packed[at : at + _ENTRY_BYTES], "little")
+            result = self._try_entry(entry)
             if result != Result.SUCCESS:
                 break
+            left -= max(_ENTRY_SIZES[entry & _ENTRY_SIZE_MASK], _ENTRY_COST)
             done += 1
         return Reply(self._write_next(call.rcx, done, result))
 
