@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""What every `BlockDevice` must do, as checks that any driver can be put through.
+
+A `Subject` says how to get a fresh device of known content and what it promises. Each check opens its own, uses
+nothing but the interface, and raises `StateError` (``block-conformance``) with what went wrong. In pytest:
+
+    @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+    def test_conformance(check): check(Subject(open=..., reopen=...))
+
+Power cuts are `svsm.testing.powercut`'s subject, not this one's: durability is checked here as "what was flushed is
+there when the same medium is opened again".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from svsm.abi.block import BlockDevice, Extent
+from svsm.formats.errors import BackendError, StateError, SvsmError
+
+__all__ = ["CHECKS", "SIZE_BYTES", "Check", "Subject", "initial_content"]
+
+SIZE_BYTES: Final = 1 << 20
+"""Capacity of the devices that a `Subject` makes."""
+_ROUNDS = 40
+
+
+def initial_content(size_bytes: int = SIZE_BYTES) -> bytes:
+    """What is on the medium before each check: every 16 bytes are different."""
+    return b"".join(b"initial %8d" % number for number in range(size_bytes // 16))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Subject:
+    """A driver under test.
+
+    Attributes:
+        create: A device over a fresh medium with `initial_content`.
+        reopen: Another device over the medium of the last `create`, whose device has been closed.
+        create_read_only: As `create`, read-only; None where the driver has no such thing.
+        discards_to_undefined: After a discard, a read may return anything (else: only old data or zeros).
+        most_bytes: The largest request worth trying.
+    """
+
+    create: Callable[[], BlockDevice]
+    reopen: Callable[[], BlockDevice]
+    create_read_only: Callable[[], BlockDevice] | None = None
+    discards_to_undefined: bool = False
+    most_bytes: int = SIZE_BYTES
+
+
+Check = Callable[[Subject], None]
+
+
+def _fault(what: str) -> StateError:
+    return StateError(f"the driver does not conform: {what}", code="block-conformance")
+
+
+def _demand(condition: bool, what: str) -> None:
+    if not condition:
+        raise _fault(what)
+
+
+def _refused(what: str, codes: Sequence[str], call: Callable[[], object]) -> None:
+    try:
+        call()
+    except (StateError, BackendError) as error:
+        _demand(error.code in codes, f"{what} raises {error.code}, not {' or '.join(codes)}")
+        return
+    except SvsmError as error:
+        raise _fault(f"{what} raises {type(error).__name__}") from error
+    raise _fault(f"{what} is accepted")
+
+
+def describes_itself(subject: Subject) -> None:
+    """Size and block size are sensible and agree."""
+    device = subject.create()
+    block = device.block_size_bytes
+    _demand(block >= 128 and block & (block - 1) == 0, f"a block size of {block}")
+    _demand(device.size_bytes == SIZE_BYTES, f"a size of {device.size_bytes}")
+    _demand(device.size_bytes % block == 0, "a size that is not a multiple of the block size")
+    _demand(not device.read_only, "it is read-only")
+    device.close()
+
+
+def reads_what_is_there(subject: Subject) -> None:
+    """Single blocks, all of it, many ranges, overlapping ranges, empty ranges, no range; in the order asked."""
+    device, content = subject.create(), initial_content()
+    block = device.block_size_bytes
+    _demand(device.read([]) == [], "no range gives something")
+    _demand(device.read([(0, 0)]) == [b""], "an empty range gives something")
+    for ranges in (
+        [(0, block)],
+        [(SIZE_BYTES - block, block)],
+        [(0, min(SIZE_BYTES, subject.most_bytes))],
+        [(at * block, block) for at in range(SIZE_BYTES // block - 1, -1, -7)],
+        [(0, 4 * block), (block, 4 * block), (0, 0), (3 * block, block), (0, 4 * block)],
+    ):
+        got = device.read(ranges)
+        _demand([len(part) for part in got] == [length for _, length in ranges], "a range has another length")
+        _demand(got == [content[offset : offset + length] for offset, length in ranges], "contents differ")
+        _demand(all(type(part) is bytes for part in got), "contents are not bytes")
+    device.close()
+
+
+def writes_are_read_back(subject: Subject) -> None:
+    """Random vectors of extents against a model, flushed or not."""
+    device, model = subject.create(), bytearray(initial_content())
+    block, random_source = device.block_size_bytes, random.Random(1)
+    device.write([])
+    device.write([(0, b"")])
+    for _ in range(_ROUNDS):
+        extents: list[Extent] = []
+        for slot in random_source.sample(range(16), random_source.randrange(1, 8)):
+            # One extent in each sixteenth, so that extents of one call do not overlap.
+            blocks = SIZE_BYTES // 16 // block
+            first = random_source.randrange(blocks)
+            count = random_source.randrange(1, blocks - first + 1)
+            extents.append((slot * SIZE_BYTES // 16 + first * block, random_source.randbytes(count * block)))
+        device.write(extents)
+        for offset, data in extents:
+            model[offset : offset + len(data)] = data
+        if random_source.random() < 0.2:
+            device.flush()
+        ranges = [(offset, len(data)) for offset, data in extents]
+        _demand(device.read(ranges) == [data for _, data in extents], "a write is not read back")
+    for at in range(0, SIZE_BYTES, SIZE_BYTES // 4):
+        part = device.read([(at, SIZE_BYTES // 4)])[0]
+        _demand(part == model[at : at + SIZE_BYTES // 4], "a write went where it should not")
+    device.close()
+
+
+def takes_any_buffer(subject: Subject) -> None:
+    """bytes, bytearray, memoryview, a view that is not of bytes; and keeps no hold of them."""
+    device = subject.create()
+    block = device.block_size_bytes
+    pattern = bytes(range(256)) * (block // 128)
+    size = len(pattern)
+    mutable = bytearray(pattern)
+    device.write([(0, pattern), (size, mutable), (2 * size, memoryview(pattern)), (3 * size, memoryview(mutable)[:])])
+    mutable[:] = bytes(size)
+    mutable.extend(b"still ours")
+    _demand(device.read([(at * size, size) for at in range(4)]) == [pattern] * 4, "a buffer was not copied")
+    device.close()
+
+
+def large_requests(subject: Subject) -> None:
+    """The largest request comes back whole."""
+    device = subject.create()
+    size = min(SIZE_BYTES, subject.most_bytes)
+    data = random.Random(2).randbytes(size)
+    device.write([(0, data)])
+    _demand(device.read([(0, size)])[0] == data, "a large write differs")
+    device.close()
+
+
+def refuses_what_cannot_be(subject: Subject) -> None:
+    """Beyond the end, negative, huge and unaligned ranges; nothing of such a call is done."""
+    device, content = subject.create(), initial_content()
+    block = device.block_size_bytes
+    zeros = bytes(block)
+    for what, offset, length, code in (
+        ("a read behind the end", SIZE_BYTES, block, "block-range"),
+        ("a read across the end", SIZE_BYTES - block, 2 * block, "block-range"),
+        ("a read far away", 1 << 70, block, "block-range"),
+        ("a read before the start", -block, block, "block-range"),
+        ("a read of negative length", 4 * block, -block, "block-range"),
+        ("a read at half a block", block // 2, block, "block-alignment"),
+        ("a read of half a block", 0, block // 2, "block-alignment"),
+    ):
+        _refused(what, (code,), lambda offset=offset, length=length: device.read([(0, block), (offset, length)]))  # type: ignore[misc]
+        _refused(what, (code,), lambda offset=offset, length=length: device.discard([(0, block), (offset, length)]))  # type: ignore[misc]
+    for what, offset, data, code in (
+        ("a write behind the end", SIZE_BYTES, zeros, "block-range"),
+        ("a write at half a block", block // 2, zeros, "block-alignment"),
+        ("a write of half a block", 0, zeros[: block // 2], "block-alignment"),
+    ):
+        _refused(what, (code,), lambda offset=offset, data=data: device.write([(0, zeros), (offset, data)]))  # type: ignore[misc]
+    _demand(device.read([(0, block)])[0] == content[:block], "a refused call was done by halves")
+    device.close()
+
+
+def flushed_is_durable(subject: Subject) -> None:
+    """What was written and flushed is there when the medium is opened again."""
+    device = subject.create()
+    block = device.block_size_bytes
+    data = random.Random(3).randbytes(block)
+    device.write([(block, data), (SIZE_BYTES - block, data)])
+    device.flush()
+    device.flush()
+    device.close()
+    again = subject.reopen()
+    _demand(again.read([(block, block), (SIZE_BYTES - block, block)]) == [data, data], "a flushed write is lost")
+    _demand(again.read([(0, block)])[0] == initial_content()[:block], "something else changed")
+    again.close()
+
+
+def discards(subject: Subject) -> None:
+    """Neighbours survive; the range itself can be written again."""
+    device, content = subject.create(), initial_content()
+    block = device.block_size_bytes
+    device.discard([])
+    device.discard([(4 * block, 4 * block), (16 * block, block)])
+    around = device.read([(0, 4 * block), (8 * block, 8 * block), (17 * block, block)])
+    expected = [content[: 4 * block], content[8 * block : 16 * block], content[17 * block : 18 * block]]
+    _demand(around == expected, "a discard reaches beyond its range")
+    if not subject.discards_to_undefined:
+        inside = device.read([(4 * block, 4 * block)])[0]
+        _demand(inside in (content[4 * block : 8 * block], bytes(4 * block)), "a discarded range has foreign contents")
+    device.write([(4 * block, content[:block])])
+    _demand(device.read([(4 * block, block)])[0] == content[:block], "a discarded range cannot be written again")
+    device.flush()
+    device.close()
+
+
+def read_only_refuses(subject: Subject) -> None:
+    """A read-only device reads, flushes, and refuses the rest."""
+    if subject.create_read_only is None:
+        return
+    device = subject.create_read_only()
+    block = device.block_size_bytes
+    _demand(device.read_only, "it does not say that it is read-only")
+    _demand(device.read([(0, block)])[0] == initial_content()[:block], "contents differ")
+    _refused("a write to a read-only device", ("block-read-only",), lambda: device.write([(0, bytes(block))]))
+    _refused("a discard on a read-only device", ("block-read-only",), lambda: device.discard([(0, block)]))
+    device.flush()
+    device.close()
+
+
+def closed_is_closed(subject: Subject) -> None:
+    """Everything after `close` is refused as such; closing twice is nothing."""
+    device = subject.create()
+    block = device.block_size_bytes
+    device.close()
+    device.close()
+    for what, call in (
+        ("a read", lambda: device.read([(0, block)])),
+        ("a write", lambda: device.write([(0, bytes(block))])),
+        ("a flush", lambda: device.flush()),
+        ("a discard", lambda: device.discard([(0, block)])),
+    ):
+        _refused(f"{what} after close", ("block-closed",), call)
+
+
+CHECKS: Final[tuple[Check, ...]] = (
+    describes_itself,
+    reads_what_is_there,
+    writes_are_read_back,
+    takes_any_buffer,
+    large_requests,
+    refuses_what_cannot_be,
+    flushed_is_durable,
+    discards,
+    read_only_refuses,
+    closed_is_closed,
+)
