@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import select
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from svsm.formats.errors import StateError
 from svsm.hardware import spawn
@@ -19,9 +19,12 @@ __all__ = ["ConfinedProcesses"]
 
 
 class _Started:
-    def __init__(self, process: spawn.Process, spawner: spawn.Spawner) -> None:
+    def __init__(
+        self, process: spawn.Process, spawner: spawn.Spawner, *, ended: Callable[[], None] = lambda: None
+    ) -> None:
         self._process = process
         self._spawner = spawner
+        self._ended = ended
 
     def fileno(self) -> int:
         return self._process.fileno()
@@ -33,6 +36,7 @@ class _Started:
         poll.poll()
         status = self._spawner.status(self._process)
         self._process.close()
+        self._ended()
         return status if status is not None else 0
 
     def kill(self) -> None:
@@ -45,7 +49,7 @@ class ConfinedProcesses:
     Args:
         spawner: Forked before this process was confined.
         kernel_uid: The kernel's own uid, None to share the present one.
-        service_uids: One for each service in the order of their start, the last for all further ones; empty: none.
+        service_uids: For services, rising: each gets the lowest that no other has. Empty: none.
         console: Where services write their event lines, or None.
         landlock_cap: Use no more than this Landlock ABI.
     """
@@ -61,7 +65,8 @@ class ConfinedProcesses:
     ) -> None:
         self._spawner = spawner
         self._kernel_uid = kernel_uid
-        self._service_uids = list(service_uids)
+        self._separate = bool(service_uids)
+        self._free_uids = list(service_uids)
         self._console = console
         self._landlock_cap = landlock_cap
         self._loader_text: bytes | None = None
@@ -83,16 +88,28 @@ class ConfinedProcesses:
         """See `svsm.hardware.machine.Spawner`. Raises ``spawn-failed``, ``spawn-request``."""
         if self._loader_text is None:
             raise StateError("no kernel was started", code="spawn-request")
-        uids = self._service_uids
-        uid = (uids.pop(0) if len(uids) > 1 else uids[0]) if uids else None
-        process, syscalls = spawn.spawn_service(
-            archive,
-            name,
-            parameters,
-            loader_text=self._loader_text,
-            uid=uid,
-            console=self._console,
-            landlock_cap=self._landlock_cap,
-            spawner=self._spawner,
-        )
-        return _Started(process, self._spawner), syscalls
+        uid = self._take_uid()
+        try:
+            process, syscalls = spawn.spawn_service(
+                archive,
+                name,
+                parameters,
+                loader_text=self._loader_text,
+                uid=uid,
+                console=self._console,
+                landlock_cap=self._landlock_cap,
+                spawner=self._spawner,
+            )
+        except BaseException:
+            self._give_back(uid)
+            raise
+        return _Started(process, self._spawner, ended=lambda: self._give_back(uid)), syscalls
+
+    def _take_uid(self) -> int | None:
+        if self._separate and not self._free_uids:
+            raise StateError("every uid for services is in use", code="spawn-request")
+        return self._free_uids.pop(0) if self._separate else None
+
+    def _give_back(self, uid: int | None) -> None:
+        if uid is not None:
+            self._free_uids = sorted([*self._free_uids, uid])

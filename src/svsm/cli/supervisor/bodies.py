@@ -191,7 +191,8 @@ def hardware_body(
 
         spawner = start_spawner()
         chip = load_machine(folder).chip()
-        service_uids = [role_uid(Role.SERVICE, number) for number in range(tpms)]
+        # Twice as many as there are TPMs: one that was started again may wait for its predecessor's end.
+        service_uids = [role_uid(Role.SERVICE, number) for number in range(2 * tpms)]
         processes = ConfinedProcesses(
             spawner,
             kernel_uid=role_uid(Role.KERNEL),
