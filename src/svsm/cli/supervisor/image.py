@@ -67,11 +67,13 @@ def image_body(source: Path | None, broker_key: int, output: int) -> Callable[[E
         output: An empty memfd.
     """
 
-    def body(emit: Emit, _supervisor: int) -> None:
+    def body(emit: Emit, supervisor: int) -> None:
+        from svsm.confine.process import bind_to_parent
         from svsm.formats.igvm import IgvmFile
         from svsm.launch.digest import launch_digest, payload_digest
         from svsm.launch.payload import build_payload
 
+        bind_to_parent(supervisor)
         payload = None
         if source is None:
             payload = build_payload()
