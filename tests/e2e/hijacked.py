@@ -141,10 +141,11 @@ class HijackedSystem(System):
     """See the module.
 
     Args:
+        options: More options of `svsm boot`.
         interpreter: Run everything as nobody, with this Python; None: as who runs the tests.
     """
 
-    def __init__(self, *, interpreter: str | None = None) -> None:
+    def __init__(self, *options: str, interpreter: str | None = None) -> None:
         self.folder = short_folder()
         sources = _sources(self.folder)
         path = [str(sources)]
@@ -161,7 +162,7 @@ class HijackedSystem(System):
         environment = {"PYTHONPATH": os.pathsep.join(path), "PYTHONDONTWRITEBYTECODE": "1"}
         if interpreter is not None:
             environment |= {"HOME": str(where), "XDG_CACHE_HOME": str(where / "cache")}
-        super().__init__(where, "--tpm-tcp", "0", wrap=wrap, environment=environment)
+        super().__init__(where, "--tpm-tcp", "0", *options, wrap=wrap, environment=environment)
 
     def remove(self) -> None:
         """End it and remove the copy."""
