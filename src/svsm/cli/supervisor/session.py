@@ -70,6 +70,7 @@ class Session:
         self._selector = selectors.DefaultSelector()
         self._ready: dict[str, object] = {}
         self._facts: dict[str, dict[str, object]] = {}
+        self._runs_guests = False
         self._reduced: set[str] = set()
         self._failure: SvsmError | None = None
         self._stop_asked = False
@@ -286,7 +287,7 @@ class Session:
             kernel_console = self._pipe(mine, self._take_kernel)
             service_console = self._pipe(mine, self._take_service)
             cap = self._options.landlock_cap
-            guest = _has_unicorn()
+            guest = self._runs_guests = _has_unicorn()
             self._start(
                 "hardware",
                 bodies.hardware_body(
@@ -473,7 +474,8 @@ class Session:
                 self._progress.note(f"{event.get('tpm')}: {event.get('text')}")
             elif name in ("no-guest", "guest-stopped", "storage-failed"):
                 self._progress.note(f"{name}: {event.get('message') or event.get('reason')}")
-        self._facts.setdefault(name, event)
+        if name != "guest" or self._runs_guests:  # the kernel says that it asks for it, not that it got it
+            self._facts.setdefault(name, event)
 
     def _take_isolation(self, event: dict[str, object]) -> None:
         isolation = event.get("isolation")
