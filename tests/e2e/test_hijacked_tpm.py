@@ -12,6 +12,7 @@ import dataclasses
 import errno
 import hashlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -354,8 +355,26 @@ def test_all_attempts_end_it_and_only_it(user: str) -> None:
             attempt_fatal(system, names[first : first + 6])
 
 
+def test_descriptors_that_it_sends_to_the_kernel_go_nowhere(as_root: HijackedSystem) -> None:
+    aim = target(as_root)
+    environment = Path(f"/proc/{aim.own}/environ").read_bytes().decode().split("\0")
+    (named,) = (entry for entry in environment if entry.startswith("SVSM_DESCRIPTORS="))
+    numbers = dict(pair.split("=") for pair in named.partition("=")[2].split(","))
+    before = held_by(aim.kernel)
+    sent = [0] * 200
+    control = (16 + 4 * len(sent)).to_bytes(8, "little") + bytes.fromhex("0100000001000000") + bytes(4 * len(sent))
+    nothing_of_a_call = Pointer([bytes(16).hex(), 16])
+    message = Pointer([0, 0, nothing_of_a_call, 1, control.hex(), len(control), 0])
+    as_root.call(NUMBERS["sendmsg"], int(numbers["syscall"]), message, 0)  # it may be ended for it
+    time.sleep(0.2)
+    others_are_well(as_root, aim)
+    reset(as_root)
+    assert held_by(aim.kernel) == before
+
+
 def held_by(pid: int) -> list[str]:
-    return sorted(os.readlink(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd"))
+    """What a process holds, sockets and pipes only by kind."""
+    return sorted(re.sub(r":\[\d+\]", "", os.readlink(entry)) for entry in Path(f"/proc/{pid}/fd").iterdir())
 
 
 def test_what_the_host_hands_over_must_be_a_client(as_root: HijackedSystem) -> None:
