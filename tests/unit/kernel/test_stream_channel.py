@@ -109,6 +109,20 @@ def test_a_reader_that_does_not_read() -> None:
         channel.receive(1, deadline=soon())
 
 
+def test_a_host_that_makes_the_socket_block_gains_nothing() -> None:
+    ours, theirs = socket.socketpair()
+    copy = ours.dup()
+    channel = StreamChannel(ours)
+    copy.setblocking(True)  # the flag belongs to both copies
+    started = time.monotonic()
+    with pytest.raises(BackendError) as caught:
+        channel.send(bytes(8 << 20), deadline=soon(0.1))
+    assert caught.value.code == "channel-timeout"
+    assert time.monotonic() - started < 5
+    for end in (channel, copy, theirs):
+        end.close()
+
+
 def test_a_whole_attestation_over_a_socket(tmp_path: Path) -> None:
     desk = Desk(tmp_path / "broker")
     line, peer = pair()

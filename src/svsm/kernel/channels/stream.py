@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """Channel over a connected stream socket that the host handed over, and frames on top of any channel.
 
-Waiting is `poll` with the rest of the deadline; the socket is non-blocking, so that a host that takes or gives one
-byte at a time costs the kernel nothing but the deadline.
+Waiting is `poll` with the rest of the deadline; each call says itself that it does not block, because the host may keep
+a copy of the descriptor and change its flags. So a host that takes or gives one byte at a time costs the kernel nothing
+but the deadline.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from svsm.formats.record import Buffer
 __all__ = ["FramedChannel", "StreamChannel"]
 
 _CHUNK_BYTES = 64 << 10
+_DONTWAIT = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 
 class StreamChannel:
@@ -34,7 +36,7 @@ class StreamChannel:
         while rest:
             self._wait(select.POLLOUT, deadline)
             try:
-                rest = rest[self._socket.send(rest, socket.MSG_NOSIGNAL) :]
+                rest = rest[self._socket.send(rest, _DONTWAIT) :]
             except (BlockingIOError, InterruptedError):
                 continue
             except OSError as error:
@@ -45,7 +47,7 @@ class StreamChannel:
         while True:
             self._wait(select.POLLIN, deadline)
             try:
-                return self._socket.recv(max_bytes)
+                return self._socket.recv(max_bytes, _DONTWAIT)
             except (BlockingIOError, InterruptedError):
                 continue
             except OSError as error:

@@ -49,6 +49,8 @@ MAX_TRANSFER_BYTES = 1 << 20
 _MAX_CAPACITY = 1 << 56
 _OUTSTANDING = 64
 _DEADLINE_SECONDS = 30.0
+_DONTWAIT = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+"""With each call: the other side may keep a copy of the descriptor and change its flags."""
 
 
 @record(size=32, byte_order="little")
@@ -130,7 +132,9 @@ class RemoteDevice:
         while len(rest):
             self._wait(deadline)
             try:
-                done = self._socket.send(rest)
+                done = self._socket.send(rest, _DONTWAIT)
+            except (BlockingIOError, InterruptedError):
+                continue
             except OSError as error:
                 raise self._lost("take a request", str(error)) from error
             rest = rest[done:]
@@ -141,7 +145,9 @@ class RemoteDevice:
         while len(data) < length:
             self._wait(deadline)
             try:
-                part = self._socket.recv(min(length - len(data), MAX_TRANSFER_BYTES))
+                part = self._socket.recv(min(length - len(data), MAX_TRANSFER_BYTES), _DONTWAIT)
+            except (BlockingIOError, InterruptedError):
+                continue
             except OSError as error:
                 raise self._lost("answer", str(error)) from error
             if not part:

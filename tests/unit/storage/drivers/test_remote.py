@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import socket
 import threading
@@ -108,6 +109,24 @@ def test_io_error_is_reported_and_survived() -> None:
     assert caught.value.code == "block-io"
     device.flush()
     device.close()
+
+
+def test_a_peer_that_makes_the_socket_block_gains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socket.socketpair()
+    copy = ours.dup()
+    theirs.sendall(_info(BlockMessage(MAGIC, INFO, 0, 0, 1, 0, 0)))
+    device = RemoteDevice(ours, deadline_seconds=0.2)
+    wait = device._wait
+
+    def wait_and_block(deadline: float) -> None:
+        wait(deadline)
+        os.set_blocking(copy.fileno(), True)  # the flag belongs to both copies
+
+    monkeypatch.setattr(device, "_wait", wait_and_block)
+    with pytest.raises(BackendError):
+        device.write([(0, bytes(device.size_bytes))] * 64)
+    for end in (device, copy, theirs):
+        end.close()
 
 
 def test_silence_and_trickle() -> None:
