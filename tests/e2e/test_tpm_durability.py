@@ -168,6 +168,7 @@ def test_acknowledged_writes_survive_power_cuts(rounds: Rounds, count: int) -> N
         rounds.ledger.settle(client)
 
 
+@pytest.mark.long
 def test_a_disk_that_pauses_delays_and_one_that_dies_means_failure(rounds: Rounds) -> None:
     rounds.prepare()
     disk = rounds.disk.process

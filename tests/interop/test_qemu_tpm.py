@@ -74,7 +74,7 @@ def pcrs(system: System) -> list[bytes]:
 
 @pytest.mark.parametrize(
     ("kind", "device"),
-    [("seabios", "tpm-crb"), ("ovmf", "tpm-crb"), ("ovmf", "tpm-tis")],
+    [("seabios", "tpm-crb"), ("ovmf", "tpm-crb"), pytest.param("ovmf", "tpm-tis", marks=pytest.mark.long)],
 )
 def test_firmware_measures_into_the_tpm(system: System, kind: str, device: str) -> None:
     with qemu(system, kind, device) as machine:
