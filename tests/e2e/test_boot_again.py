@@ -224,3 +224,29 @@ def test_one_disk_serves_one_instance(used: Vm) -> None:
             ended = other.ended()
         assert (ended.exit_code, ended.code) == (1, "block-in-use")
         assert random_bytes(first.state / "run" / "vtpm0.sock") is not None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_to_the_whole_process_group_is_an_orderly_stop(owner: Estate, number: signal.Signals) -> None:
+    """A service manager, a shell and a terminal signal everybody; only the supervisor may act on it."""
+    with Instance(owner.embedded(), "--image", str(owner.image)) as instance:
+        instance.ready()
+        os.killpg(instance.process.pid, number)
+        assert instance.ended(seconds=20).exit_code == 0
+        assert instance.events[-1]["event"] == "stopped"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--tpm-tcp", "70000"),
+        ("--tpm-tcp", "65535"),
+        ("--landlock-abi", "-1"),
+        ("--disk", "nvme:x"),
+        ("--broker", "http://x"),
+    ],
+)
+def test_wrong_words_are_a_usage_error(tmp_path: Path, words: tuple[str, str]) -> None:
+    done = svsm("boot", "--state", str(tmp_path / "s"), *words, check=False)
+    assert done.returncode == 2
+    assert not (tmp_path / "s").exists()

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 __all__ = ["configure"]
 
 _STARTED = time.monotonic()
+_LAST_PORT = 65535
+_LAST_ABI = 64
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -25,17 +27,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--broker-key", type=Path, metavar="PEM", help="that broker's public key, to pin in the image")
     parser.add_argument("--serial", type=Path, metavar="SOCKET", help="a proxy elsewhere that listens on this socket")
     parser.add_argument(
-        "--disk", metavar="KIND:PATH", help="file:PATH or process:SOCKET (default: an 8 MiB file in the state)"
+        "--disk",
+        type=_disk,
+        metavar="KIND:PATH",
+        help="file:PATH or process:SOCKET (default: an 8 MiB file in the state)",
     )
     parser.add_argument(
-        "--tpm-tcp", type=int, metavar="PORT", help="serve the TPM on loopback too: data on PORT, control on PORT+1"
+        "--tpm-tcp", type=_port, metavar="PORT", help="serve the TPM on loopback too: data on PORT, control on PORT+1"
     )
-    parser.add_argument("--landlock-abi", type=int, metavar="N", help="use no newer Landlock than this (for tests)")
+    parser.add_argument(
+        "--landlock-abi", type=_abi, metavar="N", help="use no newer Landlock than this (to see what it gives)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON event per line")
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=lambda arguments: _run(parser, arguments))
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    elsewhere = arguments.broker is not None or arguments.serial is not None
+    if elsewhere and arguments.image is None and arguments.broker_key is None:
+        parser.error("an image for somebody else's broker pins its key: give --broker-key PEM, or --image FILE")
     from svsm.cli.supervisor.progress import Progress
     from svsm.cli.supervisor.session import Options, Session
     from svsm.cli.supervisor.state import default_directory
@@ -46,7 +56,7 @@ def _run(arguments: argparse.Namespace) -> int:
         broker=arguments.broker,
         broker_key=arguments.broker_key,
         serial=arguments.serial,
-        disk=_disk(arguments.disk),
+        disk=arguments.disk,
         tcp_port=arguments.tpm_tcp,
         landlock_cap=arguments.landlock_abi,
         debug=arguments.debug,
@@ -54,17 +64,24 @@ def _run(arguments: argparse.Namespace) -> int:
     return Session(options, Progress(as_json=arguments.json, started=_STARTED)).run()
 
 
-def _disk(text: str | None) -> Disk | None:
-    from svsm.cli.supervisor.bodies import Disk
-    from svsm.formats.errors import StateError
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port < _LAST_PORT:
+        raise argparse.ArgumentTypeError(f"{text} and the next are not two ports")
+    return port
 
-    if text is None:
-        return None
+
+def _abi(text: str) -> int:
+    version = int(text)
+    if not 0 <= version <= _LAST_ABI:
+        raise argparse.ArgumentTypeError(f"{text} is no Landlock ABI")
+    return version
+
+
+def _disk(text: str) -> Disk:
+    from svsm.cli.supervisor.bodies import Disk
+
     found = re.fullmatch(r"(file|process):(.+)", text)
     if found is None:
-        raise StateError(
-            f"{text} is not a disk that can be used yet",
-            code="boot-disk",
-            hint="use file:PATH or process:SOCKET; virtio, NVMe and vhost-user are not built yet",
-        )
+        raise argparse.ArgumentTypeError(f"{text} is no disk that can be used yet: file:PATH or process:SOCKET")
     return Disk(Path(found[2]).absolute(), process=found[1] == "process", create_bytes=None)

@@ -21,6 +21,7 @@ from svsm.formats.errors import BackendError, SvsmError
 
 __all__ = ["main"]
 
+_DEBUG = "--debug"
 _GROUPS = {
     "boot": "build, measure, launch, attest, and serve a TPM: the main job",
     "status": "what runs on a state directory",
@@ -31,6 +32,7 @@ _GROUPS = {
     "broker": "the volume owner's key broker",
     "proxy": "relay a VM's serial line to a broker",
     "volume": "look into CocoonFS volumes offline",
+    "fuzz": "look for inputs that our parsers cannot take",
     "tcb": "list what the measured payload consists of",
     "explain": "cause and cure of an error code",
 }
@@ -47,7 +49,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         description="A Secure VM Service Module and its tools. Start with: svsm boot",
     )
     parser.add_argument("--version", action="version", version=f"svsm {__version__}")
-    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    parser.add_argument(_DEBUG, action="store_true", help="show a traceback with an error; anywhere on the line")
     groups = parser.add_subparsers(dest="group", metavar="COMMAND", required=True)
     chosen = next((word for word in words if not word.startswith("-")), None)
     for name, summary in _GROUPS.items():
@@ -67,7 +69,10 @@ def main(words: Sequence[str] | None = None) -> int:
         The exit code.
     """
     words = sys.argv[1:] if words is None else words
-    arguments = _parser(words).parse_args(words)
+    # Accepted anywhere on the line: it is what a hint asks to add to a command that was typed already.
+    debug = _DEBUG in words
+    arguments = _parser(words).parse_args([word for word in words if word != _DEBUG])
+    arguments.debug = debug
     try:
         code = cast(int, arguments.run(arguments))
         if sys.stdout is not None:

@@ -113,6 +113,8 @@ def _start(request: _Request, loader: int, descriptors: list[int]) -> int:
         libc.prctl(1, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
+        # A session of its own: signals to the terminal's or the service manager's group are the supervisor's business.
+        os.setsid()
         null = os.open("/dev/null", os.O_RDWR)
         wanted = [loader, *descriptors]
         # Move everything out of the way first: a source may have a number that is a target of another.

@@ -88,7 +88,9 @@ def _enter_folder(folder: Path, uid: int | None) -> str:
     return "/"
 
 
-def broker_body(folder: Path, listener: socket.socket, control: socket.socket) -> Callable[[Emit, int], None]:
+def broker_body(
+    folder: Path, listener: socket.socket, control: socket.socket, *, landlock_cap: int | None
+) -> Callable[[Emit, int], None]:
     """The embedded broker: serves HTTP on `listener`, enrols on `control` (one JSON request per packet)."""
 
     def body(emit: Emit, supervisor: int) -> None:
@@ -98,7 +100,12 @@ def broker_body(folder: Path, listener: socket.socket, control: socket.socket) -
         uid = role_uid(Role.BROKER)
         path = _enter_folder(folder, uid)
         isolation = enter(
-            Role.BROKER, uid=uid, landlock_rules=[PathRule(path, write=True)], tcp=True, parent=supervisor
+            Role.BROKER,
+            uid=uid,
+            landlock_rules=[PathRule(path, write=True)],
+            tcp=True,
+            parent=supervisor,
+            landlock_cap=landlock_cap,
         )
         broker = Broker.open(path)
         emit("broker", public_key=broker.public_key.hex(), isolation=isolation.as_json())
@@ -135,14 +142,21 @@ def _enrol(broker: Broker, request: Mapping[str, str]) -> dict[str, object]:
     return {"created": created, "state": row.state.value}
 
 
-def proxy_body(listener: socket.socket, url: str) -> Callable[[Emit, int], None]:
+def proxy_body(listener: socket.socket, url: str, *, landlock_cap: int | None) -> Callable[[Emit, int], None]:
     """The proxy between the serial socket and the broker."""
 
     def body(emit: Emit, supervisor: int) -> None:
         from svsm.host.proxy import serve
 
         rules = [PathRule(path) for path in ("/etc/ssl", "/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf")]
-        isolation = enter(Role.PROXY, uid=role_uid(Role.PROXY), landlock_rules=rules, tcp=True, parent=supervisor)
+        isolation = enter(
+            Role.PROXY,
+            uid=role_uid(Role.PROXY),
+            landlock_rules=rules,
+            tcp=True,
+            parent=supervisor,
+            landlock_cap=landlock_cap,
+        )
         emit("proxy", isolation=isolation.as_json())
         serve(listener, url)
 
@@ -301,6 +315,8 @@ def host_body(
     configuration: bytes,
     devices: HostDevices,
     control: socket.socket,
+    *,
+    landlock_cap: int | None,
 ) -> Callable[[Emit, int], None]:
     """The hypervisor: the attacker's seat. `image` is a memfd, which is closed once it is launched."""
 
@@ -312,7 +328,7 @@ def host_body(
         from svsm.host.hypervisor import DeviceOffer, Hypervisor, Listener
 
         serial, disk = _serial(devices.serial), devices.disk.open()
-        isolation = enter(Role.HOST, uid=role_uid(Role.HOST), tcp=True, parent=supervisor)
+        isolation = enter(Role.HOST, uid=role_uid(Role.HOST), tcp=True, parent=supervisor, landlock_cap=landlock_cap)
         emit("host", isolation=isolation.as_json())
         port = HardwarePort(hardware)
         hypervisor = Hypervisor(

@@ -97,11 +97,6 @@ class Role:
     def _may_say(self, event: str) -> bool:
         return event in ("failed", self.name) or event.startswith(f"{self.name}-")
 
-    def terminate(self) -> None:
-        """Ask it to end."""
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.pidfd, signal.SIGTERM)
-
     def kill(self) -> None:
         """End it."""
         with contextlib.suppress(ProcessLookupError):
@@ -158,10 +153,9 @@ def start_role(
 
 
 def _settle(keep: set[int], *, debug: bool) -> None:
-    # The terminal's interrupt goes to the whole group; what it means is the supervisor's to decide.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    # A terminal, a shell and a service manager signal the whole group; what that means is the supervisor's to decide.
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
     signal.set_wakeup_fd(-1)
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1) if debug else (0, 1, 2):

@@ -38,6 +38,7 @@ _STOP_SECONDS = 15.0
 _DISK_BYTES = 8 << 20
 _TPMS = (TpmConfiguration("vtpm0", TpmFront.SOCKET), TpmConfiguration("guest0", TpmFront.SVSM))
 _BACKLOG = 16
+_ALLOW = "svsm broker volume allow"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -146,7 +147,7 @@ class Session:
             "payload_digest": image.payload_digest,
             **self._tpm_names(),
             "volume_id": str(state.volume_id),
-            "broker": self._options.broker or self._broker_url,
+            "broker": self._options.broker or self._broker_url or None,
             "guest_socket": str(state.folder("run") / "guest.sock") if "guest" in self._facts else None,
         }
         self._demonstrate(state)
@@ -196,7 +197,7 @@ class Session:
         self._broker_url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         self._enrolment, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with listener, theirs:
-            body = bodies.broker_body(state.folder("broker"), listener, theirs)
+            body = bodies.broker_body(state.folder("broker"), listener, theirs, landlock_cap=self._options.landlock_cap)
             self._start("broker", body, [listener.fileno(), theirs.fileno()])
         return bytes.fromhex(str(self._await("broker")["public_key"]))
 
@@ -248,7 +249,9 @@ class Session:
             return self._options.serial
         path = state.folder("run") / "serial.sock"
         with _listen(path) as listener:
-            body = bodies.proxy_body(listener, self._options.broker or self._broker_url)
+            body = bodies.proxy_body(
+                listener, self._options.broker or self._broker_url, landlock_cap=self._options.landlock_cap
+            )
             self._start("proxy", body, [listener.fileno()])
         self._progress.fact("serial", str(path))
         return path
@@ -328,6 +331,7 @@ class Session:
                     configuration.to_json(),
                     devices,
                     host_control,
+                    landlock_cap=cap,
                 ),
                 [
                     host_hardware.fileno(),
@@ -487,6 +491,9 @@ class Session:
             return
         texts = {key: printable(value) for key, value in event.items() if isinstance(value, str)}
         code, message, hint = (texts.get(key) for key in ("code", "message", "hint"))
+        if hint is not None and self._broker_url:
+            # The kernel knows the volume and its digest, but not where this broker keeps its state.
+            hint = hint.replace(_ALLOW, f"{_ALLOW} --state {self._options.state}")
         details: dict[str, str] = {key: texts[key] for key in ("role", "reason") if key in texts}
         if isinstance(event.get("places"), list) and self._options.debug:
             details["places"] = json.dumps(event["places"])
