@@ -132,7 +132,7 @@ class Members:
         value = self.value(name)
         if not isinstance(value, str) or len(value) > max_length:
             raise self._error(name, f"is not a string of at most {max_length} characters")
-        if any("\ud800" <= character <= "\udfff" for character in value):
+        if not _has_utf8(value):
             raise self._error(name, "holds half a surrogate pair")
         return value
 
@@ -168,7 +168,7 @@ class Members:
         """An array of short strings."""
         found = []
         for item in self.items(name, max_items=max_items):
-            if not isinstance(item, str) or len(item) > max_length:
+            if not isinstance(item, str) or len(item) > max_length or not _has_utf8(item):
                 raise self._error(name, "holds something that is not a short string")
             found.append(item)
         return tuple(found)
@@ -205,7 +205,13 @@ class Members:
         return data
 
     def _error(self, name: str, reason: str) -> FormatError:
-        return FormatError(f"{self._what}.{name[:64]!r} {reason}", code="json-member-type", field=name[:64])
+        # The name may be the sender's, and an error must be printable.
+        shown = name[:64].encode("utf-8", "backslashreplace").decode()
+        return FormatError(f"{self._what}.{name[:64]!r} {reason}", code="json-member-type", field=shown)
+
+
+def _has_utf8(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

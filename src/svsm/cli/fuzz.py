@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""`svsm fuzz`: look for inputs that our parsers and state machines cannot take.
+
+One target or `all`, for a set time each, continuing from the corpus folder. A finding is written as a minimised
+reproducer; docs/fuzzing.md says how it becomes a regression test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from svsm.fuzz.runner import Summary
+
+__all__ = ["configure"]
+
+_WORK = Path("build/fuzz")
+_MAX_SECONDS = 7 * 24 * 3600.0
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `svsm fuzz`."""
+    parser.add_argument("target", nargs="?", metavar="TARGET", help="what to fuzz, or `all`; see --list")
+    parser.add_argument("--list", action="store_true", help="list the targets")
+    parser.add_argument("--time", type=_seconds, default=60.0, metavar="SECONDS", help="for each target (default: 60)")
+    parser.add_argument(
+        "--corpus", type=Path, metavar="DIR", help="continue from here, add to it (default: build/fuzz/corpus/TARGET)"
+    )
+    parser.add_argument(
+        "--findings", type=Path, metavar="DIR", help="where reproducers go (default: build/fuzz/findings/TARGET)"
+    )
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the random choices (default: 1)")
+    parser.add_argument(
+        "--engine",
+        choices=("auto", "atheris", "builtin"),
+        default="auto",
+        help="atheris where it is installed, else a simple engine of our own (default: auto)",
+    )
+    parser.add_argument("--reproduce", type=Path, metavar="FILE", help="run one input and show what happens")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line and target")
+    parser.set_defaults(run=_run)
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= _MAX_SECONDS:
+        raise ValueError
+    return value
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from svsm.formats.errors import StateError
+    from svsm.fuzz.targets import TARGETS, find
+
+    if arguments.list:
+        for target in TARGETS:
+            print(f"{target.name:24} {target.summary}")
+        return 0
+    if arguments.target is None:
+        raise StateError("which target?", code="fuzz-target", hint="svsm fuzz --list shows them; `all` means each")
+    if arguments.reproduce is not None:
+        return _reproduce(arguments)
+    names = [target.name for target in TARGETS] if arguments.target == "all" else [find(arguments.target).name]
+    found = 0
+    for name in names:
+        summary = _fuzz(name, arguments)
+        found += len(summary.findings)
+        _show(summary, as_json=arguments.json)
+    return 1 if found else 0
+
+
+def _fuzz(name: str, arguments: argparse.Namespace) -> Summary:
+    from svsm.fuzz.runner import choose_engine, run_target
+
+    several = arguments.target == "all"
+    corpus = (arguments.corpus / name if several else arguments.corpus) if arguments.corpus else _WORK / "corpus" / name
+    findings = arguments.findings or _WORK / "findings"
+    engine = choose_engine(arguments.engine)
+    if sys.stderr.isatty():
+        print(f"{name}: {engine}, {arguments.time:.0f} s …", file=sys.stderr)
+    return run_target(
+        name,
+        engine=engine,
+        corpus=corpus,
+        extra=[Path("fuzz/corpus") / name],
+        findings=findings / name if several or not arguments.findings else findings,
+        seconds=arguments.time,
+        seed=arguments.seed,
+    )
+
+
+def _show(summary: Summary, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"schema": 1, **dataclasses.asdict(summary)}), flush=True)
+        return
+    coverage = "" if summary.coverage is None else f", coverage {summary.coverage} edges"
+    print(
+        f"{summary.target}: {summary.executions} executions in {summary.seconds:.0f} s ({summary.engine}){coverage}, "
+        f"{summary.new_inputs} new inputs ({summary.corpus_inputs} in the corpus), {len(summary.findings)} findings",
+        flush=True,
+    )
+    for finding in summary.findings:
+        print(f"  {finding.signature}\n  reproducer: {finding.file}", flush=True)
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from svsm.fuzz.target import Finding, execute
+    from svsm.fuzz.targets import find
+
+    target = find(arguments.target)
+    data = arguments.reproduce.read_bytes()
+    try:
+        outcome = execute(target, data)
+    except Finding as finding:
+        print(f"finding: {finding.signature}\n\n{finding.text}", end="")
+        return 1
+    print(f"no finding: {outcome.verdict.value}{f' ({outcome.reason})' if outcome.reason else ''}")
+    return 0
