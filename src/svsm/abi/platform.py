@@ -138,6 +138,9 @@ class Platform(Protocol):
         Closing the socket is not enough: a hijacked service would go on with the client connections that it holds.
         """
 
+    def ended_services(self) -> list[int]:
+        """The numbers of services that have ended since the last call; that their sockets closed says so too."""
+
     def next_device(self) -> Device | None:
         """The oldest device that the host has handed over, or None. `fileno` polls readable when one arrives."""
 

@@ -6,6 +6,6 @@ Imports nothing of svsm but the errors, so that every role, trusted or not, and 
 
 from svsm.confine.landlock import PathRule
 from svsm.confine.lists import Role
-from svsm.confine.process import Isolation, enter, exclude_from_dumps, harden
+from svsm.confine.process import Isolation, enter, harden
 
-__all__ = ["Isolation", "PathRule", "Role", "enter", "exclude_from_dumps", "harden"]
+__all__ = ["Isolation", "PathRule", "Role", "enter", "harden"]

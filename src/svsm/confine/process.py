@@ -12,7 +12,6 @@ operator sees it; nothing is reduced silently. A kernel without seccomp is refus
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import os
 import resource
@@ -24,11 +23,9 @@ from svsm.confine import landlock, libc
 from svsm.confine.lists import Role
 from svsm.formats.errors import BackendError, StateError
 
-__all__ = ["Isolation", "bind_to_parent", "drop", "enter", "exclude_from_dumps", "harden", "report"]
+__all__ = ["Isolation", "bind_to_parent", "drop", "enter", "harden", "report"]
 
 _SET_PDEATHSIG, _SET_DUMPABLE, _SET_NO_NEW_PRIVS = 1, 4, 38
-_MADV_DONTDUMP = 16
-_MADVISE = 28
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -157,21 +154,3 @@ def report(role: Role, *, own_uid: bool, landlock_abi: int) -> Isolation:
     elif landlock_abi < landlock.COMPLETE_ABI:
         reduced = (f"landlock-abi-{landlock_abi}",)
     return Isolation(role, os.getuid(), own_uid, landlock_abi, True, reduced)
-
-
-def exclude_from_dumps(memory: bytearray) -> None:
-    """Keep the pages that hold a secret out of any core dump (MADV_DONTDUMP); whole pages around it are covered.
-
-    Args:
-        memory: The buffer; it must not be resized afterwards.
-
-    Raises:
-        BackendError: ``confine-dontdump``.
-    """
-    page = os.sysconf("SC_PAGE_SIZE")
-    holder = (ctypes.c_char * len(memory)).from_buffer(memory)
-    start = ctypes.addressof(holder) // page * page
-    end = -(-(ctypes.addressof(holder) + len(memory)) // page) * page
-    answer = libc.syscall(_MADVISE, start, end - start, _MADV_DONTDUMP)
-    if answer != 0:
-        raise BackendError("the kernel refused MADV_DONTDUMP", code="confine-dontdump", answer=answer)

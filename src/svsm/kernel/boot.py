@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 from svsm.abi.descriptors import client_socket
 from svsm.abi.errors import BackendError, IntegrityError, SvsmError
-from svsm.abi.platform import Device, DeviceKind, Gpa
+from svsm.abi.platform import Device, DeviceKind, Gpa, Platform
 from svsm.abi.syscall import Endpoint, Transport
 from svsm.confine.context import ProcessContext
 from svsm.formats.launch_configuration import LaunchConfiguration, TpmFront, parse_area
@@ -77,7 +77,7 @@ class Kernel:
         archive: The payload archive, for services.
     """
 
-    def __init__(self, platform: SimulatedPlatform, console: Console, *, archive: int) -> None:
+    def __init__(self, platform: Platform, console: Console, *, archive: int) -> None:
         self._platform = platform
         self._console = console
         self._devices: list[Device] = []
@@ -232,7 +232,8 @@ class Kernel:
             self._stopping = True
 
     def _hardware_event(self) -> None:
-        while (device := self._platform.next_device()) is not None:
+        # A few: the host may offer faster than anybody takes, and the others get their turn.
+        while len(self._devices) < _MAX_KEPT_DEVICES and (device := self._platform.next_device()) is not None:
             self._devices.append(device)
         waiting, self._devices = self._devices, []
         for device in waiting:
