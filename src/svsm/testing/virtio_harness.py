@@ -14,7 +14,6 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 from svsm.host.devices.virtio_blk import BlkBackend, BlkOptions
 from svsm.host.devices.virtio_mmio import MmioBlk, ServiceThread
@@ -38,7 +37,9 @@ __all__ = [
 GPA = 0x5000_0000_0000
 """Where the shared memory is for the device: not where it is for the driver, so that a mix-up fails."""
 
-SMALL_POLICY = BlkPolicy(queue_size=32, large_bytes=16384, large_slots=2, spins=2)
+SMALL_POLICY = BlkPolicy(
+    queue_size=32, large_bytes=16384, large_slots=2, spins=2, deadline_seconds=5.0, rekick_seconds=0.25
+)
 """Little memory, so that queues and buffers run out soon."""
 
 
@@ -165,7 +166,7 @@ def virtio_disk(
     options: BlkOptions | None = None,
     policy: BlkPolicy = SMALL_POLICY,
     make: Callable[..., MmioBlk] = MmioBlk,
-    **made_with: Any,
+    memory_type: type[DmaMemory] = DmaMemory,
 ) -> Machine:
     """A driver over an inline device.
 
@@ -174,16 +175,16 @@ def virtio_disk(
         options: What the device offers.
         policy: What the driver wants.
         make: The device's class or factory, called as `MmioBlk` is.
-        made_with: More arguments for it.
+        memory_type: How the driver sees the shared memory.
 
     Raises:
         SvsmError: The driver refuses the device.
     """
     view = shared_memory(memory_bytes(policy))
     clock = Clock()
-    device = make(BlkBackend(descriptor, options or BlkOptions()), Window(view, address=GPA), **made_with)
+    device = make(BlkBackend(descriptor, options or BlkOptions()), Window(view, address=GPA))
     registers = InlineRegisters(device, clock)
-    memory = DmaMemory(view, address=GPA)
+    memory = memory_type(view, address=GPA)
     transport = MmioTransport(registers, clock=clock, pause=clock.pause)
     driver = VirtioBlk(transport, memory, policy=policy, clock=clock, pause=clock.pause)
     return Machine(driver, device, memory, clock, registers, descriptor)

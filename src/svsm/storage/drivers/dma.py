@@ -112,4 +112,4 @@ class DmaMemory:
 
     def part(self, offset: int, length: int) -> DmaMemory:
         """A window of its own over some of this one's pages; both see the same bytes."""
-        return DmaMemory(self.bytes[offset : offset + length], address=self.address + offset)
+        return type(self)(self.bytes[offset : offset + length], address=self.address + offset)

@@ -62,8 +62,11 @@ class QueueShape:
 
     @classmethod
     def fit(cls, size: int, *, chain: int, indirect: bool, event_idx: bool, limit: int) -> QueueShape:
-        """The shape with the most slots, at most `limit`, that a queue of `size` entries has room for."""
-        slots = min(limit, size if indirect else size // chain)
+        """The shape with the most slots, at most `limit`, that a queue of `size` entries has room for; maybe none.
+
+        No chain is longer than the queue, not even in an indirect table (§2.7.5.3.1).
+        """
+        slots = min(limit, size if indirect else size // chain) if size >= chain else 0
         return cls(size=size, slots=slots, chain=chain, indirect=indirect, event_idx=event_idx)
 
     def check(self) -> None:
@@ -73,7 +76,7 @@ class QueueShape:
             StateError: ``virtio-shape``.
         """
         entries = self.slots * (1 if self.indirect else self.chain)
-        if not 0 < entries <= self.size <= QUEUE_SIZE_LIMIT or self.chain < 1:
+        if not 0 < entries <= self.size <= QUEUE_SIZE_LIMIT or not 0 < self.chain <= self.size:
             raise StateError("the queue is too small for one request", code="virtio-shape", got=self.size)
 
 
