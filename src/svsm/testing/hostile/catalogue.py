@@ -35,22 +35,6 @@ __all__ = [
     "options_of",
     "refused",
 ]
-    "ABSENT",
-    "ATTACKS",
-    "BOTH",
-    "IO_ERROR",
-    "NUMBERS",
-    "PACKED",
-    "SPLIT",
-    "SURVIVED",
-    "Attack",
-    "Install",
-    "attack",
-    "dead",
-    "nth",
-    "options_of",
-    "refused",
-]
 
 Install = Callable[[HostileBlk], None]
 
