@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+import svsm
 from svsm.cli.supervisor.state import StateDirectory
 from svsm.confine import Role
 from svsm.formats.negotiation import ChannelFrame
@@ -250,13 +251,17 @@ def test_a_kill_of_one_process_at_random_times(owner: Estate, seed: int) -> None
 @pytest.mark.timeout(600)
 def test_a_kill_at_random_times_of_the_very_first_boot(place: Path) -> None:
     """With nothing there before: the state directory, the machine's keys and the broker's are being made."""
+    # A copy of the sources: each boot builds its image, and would be refused if somebody edited a file meanwhile.
+    sources = place / "src"
+    shutil.copytree(Path(svsm.__file__).parent, sources / "svsm", ignore=shutil.ignore_patterns("__pycache__"))
+    environment = {**os.environ, "PYTHONPATH": str(sources)}
     rng = random.Random(1)
     for number, bound in enumerate([0.15, 0.3, 0.6, 1.0, 2.0, 3.0, 4.0, 4.0]):
         state = place / str(number)
-        with Instance(state) as instance:
+        with Instance(state, env=environment) as instance:
             time.sleep(rng.uniform(bound / 2, bound))
             instance.kill()
-        boots_from_now_on(lambda state=state: Instance(state))  # type: ignore[misc]
+        boots_from_now_on(lambda state=state: Instance(state, env=environment))  # type: ignore[misc]
         shutil.rmtree(state)
 
 
