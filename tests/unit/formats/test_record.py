@@ -194,7 +194,7 @@ def test_replace_leaves_the_original() -> None:
 
 def test_equal_records_hash_alike() -> None:
     assert hash(Little.parse(_LITTLE.pack())) == hash(_LITTLE)
-    assert _LITTLE != _LITTLE.replace(e=b"xy!")
+    assert _LITTLE.replace(e=b"xy!") != _LITTLE
 
 
 def test_a_wrong_size_cannot_be_declared() -> None:
