@@ -205,7 +205,7 @@ def _is_ready(instance: Instance) -> bool:
     return (instance.state / "run" / "ready.json").exists()
 
 
-@pytest.mark.parametrize(("step", "loss"), [(4, "tear"), (40, "drop")])
+@pytest.mark.parametrize(("step", "loss"), [(4, "tear"), pytest.param(40, "drop", marks=pytest.mark.long)])
 def test_a_power_cut_at_some_writes(owner: Estate, place: Path, step: int, loss: str) -> None:
     assert cut_power(owner, place, step, loss)
 
