@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from svsm.formats.errors import StateError
 from svsm.fuzz.target import Target
-from svsm.fuzz.targets import evidence, images, messages
+from svsm.fuzz.targets import attestation, evidence, images, messages, storage
 
 __all__ = ["TARGETS", "find"]
 
-TARGETS: tuple[Target, ...] = (*images.ROWS, *evidence.ROWS, *messages.ROWS)
+TARGETS: tuple[Target, ...] = (*images.ROWS, *evidence.ROWS, *messages.ROWS, *attestation.ROWS, *storage.ROWS)
 
 
 def find(name: str) -> Target:
