@@ -415,3 +415,7 @@ def test_without_a_peer_the_boot_ends_with_its_name(used: Vm, place: Path, where
     expected: dict[str, tuple[Any, ...]] = {"proxy": (1, "serial-connect"), "broker": (1, "channel-closed")}
     assert (ended.exit_code, ended.code) == expected[where]
     assert ended.hint
+    if where == "broker":
+        told = instance.find("proxy-log")
+        assert told is not None
+        assert "the broker does not answer" in told["text"]

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import logging
 import mmap
 import os
 import socket
@@ -82,7 +83,7 @@ def _enter_folder(folder: Path, uid: int | None) -> str:
     if uid is None:
         return str(folder)
     for entry in [folder, *folder.iterdir()]:
-        os.chown(entry, uid, uid)
+        os.chown(entry, uid, uid, follow_symlinks=False)
     os.chroot(folder)
     os.chdir("/")
     return "/"
@@ -142,6 +143,24 @@ def _enrol(broker: Broker, request: Mapping[str, str]) -> dict[str, object]:
     return {"created": created, "state": row.state.value}
 
 
+class _EventHandler(logging.Handler):
+    """Log records as events of the role."""
+
+    def __init__(self, emit: Emit) -> None:
+        super().__init__(logging.WARNING)
+        self._emit = emit
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._emit("proxy-log", text=record.getMessage()[:512])
+
+
+def _log_to(emit: Emit) -> None:
+    """Let the supervisor hear why a connection ended: the kernel only sees that it did."""
+    log = logging.getLogger("svsm.host.proxy")
+    log.propagate = False
+    log.addHandler(_EventHandler(emit))
+
+
 def proxy_body(listener: socket.socket, url: str, *, landlock_cap: int | None) -> Callable[[Emit, int], None]:
     """The proxy between the serial socket and the broker."""
 
@@ -158,6 +177,7 @@ def proxy_body(listener: socket.socket, url: str, *, landlock_cap: int | None) -
             landlock_cap=landlock_cap,
         )
         emit("proxy", isolation=isolation.as_json())
+        _log_to(emit)
         serve(listener, url)
 
     return body

@@ -472,10 +472,12 @@ class Session:
         self._take_isolation(event)
         if name in ("failed", "refused"):
             self._fail(event)
-        elif name in ("log", "client-refused", "storage-failed", "no-guest", "guest-stopped"):
+        elif name in ("log", "proxy-log", "client-refused", "storage-failed", "no-guest", "guest-stopped"):
             self._progress.event(name, **{key: value for key, value in event.items() if key != "event"})
             if name == "log":
                 self._progress.note(f"{event.get('tpm')}: {event.get('text')}")
+            elif name == "proxy-log":
+                self._progress.note(f"proxy: {event.get('text')}")
             elif name in ("no-guest", "guest-stopped", "storage-failed"):
                 self._progress.note(f"{name}: {event.get('message') or event.get('reason')}")
         if name != "guest" or self._runs_guests:  # the kernel says that it asks for it, not that it got it
