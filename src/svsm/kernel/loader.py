@@ -387,7 +387,10 @@ def _say(console: int | None, **members: object) -> None:
     import json
 
     if console is not None:
-        os.write(console, json.dumps(members, ensure_ascii=True, separators=(",", ":")).encode() + b"\n")
+        try:
+            os.write(console, json.dumps(members, ensure_ascii=True, separators=(",", ":")).encode() + b"\n")
+        except OSError:
+            return  # nobody reads the console, or nobody is left: that must not keep a process from starting
 
 
 def _confine_and_run(start: Start, archive: Archive, manifest: Manifest, finder: PayloadFinder) -> int:

@@ -159,7 +159,14 @@ class RequestLoop:
             if value is not None:
                 vmsa.set(name, value)
         self.calls_served += 1
-        self._enter()
+        try:
+            self._enter()
+        except BackendError as error:
+            # An answer may come from a service's callback, where nobody else waits for this host. A host that does
+            # not run the vCPU harms its own guest; a machine that has failed is everybody's end.
+            if not error.code.startswith("platform-host"):
+                raise
+            self._stop(f"the host does not run the vCPU: {error.code}")
 
     # --- the VMSA --------------------------------------------------------------------------------------------
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svsm.abi.errors import ProtocolError, StateError
-from svsm.abi.platform import PAGE_SIZE
+from svsm.abi.errors import BackendError, ProtocolError, StateError
+from svsm.abi.platform import PAGE_SIZE, Gpa
 from svsm.formats.snp.vmsa import VmsaView
 from svsm.kernel.protocols.table import Call, Reply, Result, Row, SvsmProtocol
 from svsm.kernel.requests import GuestState, RequestLoop
@@ -218,3 +218,27 @@ def test_any_registers_end_in_a_result_code(calls: list[tuple[int, ...]]) -> Non
         vmsa = guest.exit(rax=known, rcx=rcx, rdx=rdx, r8=r8, r9=r9)
         assert vmsa.get("rax") == 0 or vmsa.get("rax") >> 31 == 1
         assert guest.loop.state is GuestState.RUNNING
+
+
+@pytest.mark.parametrize("code", ["platform-host-deadline", "platform-host-gone", "platform-host-refused"])
+def test_a_host_that_does_not_run_the_vcpu_harms_its_own_guest_only(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = Guest()
+
+    def refuse(vmsa_gpa: Gpa) -> None:
+        raise BackendError("the host does not answer", code=code)
+
+    monkeypatch.setattr(guest.world.platform, "run_guest", refuse)
+    guest.exit(**QUERY_CORE)
+    assert guest.loop.state is GuestState.STOPPED
+    assert code in str(guest.loop.stop_reason)
+
+
+def test_a_machine_that_failed_is_everybodys_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = Guest()
+
+    def fail(vmsa_gpa: Gpa) -> None:
+        raise BackendError("the hardware is gone", code="platform-hardware")
+
+    monkeypatch.setattr(guest.world.platform, "run_guest", fail)
+    with pytest.raises(BackendError):
+        guest.exit(**QUERY_CORE)

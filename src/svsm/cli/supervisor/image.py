@@ -68,6 +68,9 @@ def image_body(source: Path | None, broker_key: int, output: int) -> Callable[[E
     """
 
     def body(emit: Emit, supervisor: int) -> None:
+        from svsm.confine import enter
+        from svsm.confine.identity import role_uid
+        from svsm.confine.lists import Role
         from svsm.confine.process import bind_to_parent
         from svsm.formats.igvm import IgvmFile
         from svsm.launch.digest import launch_digest, payload_digest
@@ -81,6 +84,8 @@ def image_body(source: Path | None, broker_key: int, output: int) -> Callable[[E
             data: Buffer = file.pack()
         else:
             data = _read(source)
+            # Somebody else's bytes: parsed as the host's role would, and with no more than a service may do.
+            enter(Role.SERVICE, uid=role_uid(Role.HOST), parent=supervisor)
             file = IgvmFile.parse(data)
         _fill(output, data)
         known: KnownDigests = {}
