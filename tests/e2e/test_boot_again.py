@@ -118,7 +118,7 @@ def test_killing_the_supervisor_ends_every_role_within_a_second_and_the_next_boo
 @pytest.mark.parametrize(
     ("role", "code"),
     [
-        ("hardware", "boot-role-ended"),
+        ("hardware", "boot-role-ended|platform-hardware"),  # the kernel may be heard first
         ("host", "boot-role-ended"),
         ("proxy", "boot-role-ended"),
         ("broker", "boot-role-ended"),
@@ -140,7 +140,8 @@ def test_without_one_of_its_roles_the_whole_instance_ends(owner: Estate, role: s
         assert victim is not None
         os.kill(victim, signal.SIGKILL)
         ended = instance.ended(seconds=20)
-        assert (ended.exit_code, ended.code) == (1, code)
+        assert ended.exit_code == 1
+        assert ended.code in code.split("|")
         time.sleep(0.2)
         assert [pid for pid in below if is_alive(pid)] == []
     with Instance(state, "--image", str(owner.image)) as instance:
