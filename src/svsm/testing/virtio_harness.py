@@ -43,12 +43,15 @@ SMALL_POLICY = BlkPolicy(
 """Little memory, so that queues and buffers run out soon."""
 
 
+_MOST_LOOKS = 200_000
+
+
 class Clock:
-    """Time that passes when somebody waits.
+    """Time that passes when somebody waits. A driver that looks at it for ever is stopped with an `AssertionError`.
 
     Attributes:
         now: Seconds.
-        looks: How often it was asked, to notice a driver that never gives up.
+        looks: How often it was asked.
     """
 
     def __init__(self) -> None:
@@ -57,6 +60,8 @@ class Clock:
 
     def __call__(self) -> float:
         self.looks += 1
+        if self.looks > _MOST_LOOKS:
+            raise AssertionError("the driver never gives up")
         return self.now
 
     def pause(self, seconds: float) -> None:

@@ -13,8 +13,7 @@ _CELLS = [(attack, ring) for attack in ATTACKS for ring in RINGS if ring in atta
 
 @pytest.mark.parametrize(("attack", "ring"), _CELLS, ids=[f"{a.number}-{a.name}-{ring}" for a, ring in _CELLS])
 def test_attack(attack: Attack, ring: str) -> None:
-    outcome = run(attack.install, ring, options=attack.options, after=attack.after, memory_type=attack.memory_type)
-    assert outcome == attack.expected[ring]
+    assert attack.run(ring) == attack.expected[ring]
 
 
 @pytest.mark.parametrize("ring", RINGS)

@@ -16,7 +16,7 @@ from svsm.host.devices.virtio_blk import ALL_FEATURES, BlkOptions
 from svsm.host.devices.virtio_ring import Chain, DeviceRing
 from svsm.storage.drivers.dma import DmaMemory
 from svsm.testing.hostile.device import HostileBlk
-from svsm.testing.hostile.trial import Kind, Outcome, Trial
+from svsm.testing.hostile.trial import Kind, Outcome, Trial, run
 
 __all__ = [
     "ABSENT",
@@ -69,6 +69,7 @@ class Attack:
         options: What the device offers.
         after: More steps for the driver.
         memory_type: How the driver sees the memory.
+        queues: How many the driver wants.
     """
 
     number: int
@@ -78,6 +79,18 @@ class Attack:
     options: BlkOptions | None = None
     after: Callable[[Trial], None] | None = None
     memory_type: type[DmaMemory] = DmaMemory
+    queues: int = 1
+
+    def run(self, ring: str) -> Outcome:
+        """One trial of it. Raises `TrialError`, or whatever the driver lets out, when a promise is broken."""
+        return run(
+            self.install,
+            ring,
+            options=self.options,
+            after=self.after,
+            memory_type=self.memory_type,
+            queues=self.queues,
+        )
 
 
 ATTACKS: Final[list[Attack]] = []
@@ -108,13 +121,14 @@ def attack(
     options: BlkOptions | None = None,
     after: Callable[[Trial], None] | None = None,
     memory_type: type[DmaMemory] = DmaMemory,
+    queues: int = 1,
     **by_ring: Outcome,
 ) -> Callable[[Install], Install]:
     """Register a case; ``split=``, ``packed_direct=`` … say where the reaction is another one."""
     outcomes = {ring: by_ring.get(ring.replace("-", "_"), expected) for ring in rings}
 
     def register(install: Install) -> Install:
-        ATTACKS.append(Attack(number, name, install, outcomes, options, after, memory_type))
+        ATTACKS.append(Attack(number, name, install, outcomes, options, after, memory_type, queues))
         return install
 
     return register

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from svsm.formats.virtio import BlkFeature, DeviceStatus, Feature, MmioRegister
+from svsm.host.devices.virtio_ring import Chain, DeviceRing
 from svsm.testing.hostile.catalogue import (
     IO_ERROR,
     SURVIVED,
@@ -60,14 +61,33 @@ def _no_flush(trial: Trial) -> None:
         raise AssertionError("a flush that cannot be was not an error")
 
 
-attack(17, "flushes are not offered", IO_ERROR, options=options_of(remove=BlkFeature.FLUSH), after=_no_flush)(
-    lambda device: None
+@attack(
+    17,
+    "flushes are not offered, and answered with OK",
+    IO_ERROR,
+    options=options_of(remove=BlkFeature.FLUSH),
+    after=_no_flush,
 )
+def _flush_is_a_lie(device: HostileBlk) -> None:
+    def act(ring: DeviceRing, chain: Chain, written: int) -> None:
+        last = chain.parts[-1]
+        device.window.put(last.address + last.length - 1, b"\x00")
+        ring.push(chain, written)
+
+    device.on_complete = act
+
+
 attack(17, "every feature bit is offered", refused("virtio-features-refused"))(
     lambda device: device.lie_about_features(add=(1 << 64) - 1)
 )
-attack(17, "many queues, says the feature, and none, says the field", SURVIVED, options=options_of(queues=1))(
+attack(17, "features that nobody knows are offered", SURVIVED)(
+    lambda device: device.lie_about_features(add=int(Feature.IN_ORDER | Feature.NOTIFICATION_DATA) | 1 << 50)
+)
+attack(17, "many queues are offered, and none exists", refused("virtio-blk-geometry"), queues=4)(
     lambda device: device.lie_about_config(34, 0, 2)
+)
+attack(17, "more queues are offered than exist", refused("virtio-queue-missing"), queues=4)(
+    lambda device: device.lie_about_config(34, 9, 2)
 )
 attack(17, "discards of no sector", SURVIVED, options=options_of(discard_sectors=0))(lambda device: None)
 
@@ -181,6 +201,20 @@ attack(22, "discards in segments without number", SURVIVED)(
     lambda device: device.lie_about_config(36, (1 << 96) - 1, 12)
 )
 
+
+def _discards_happen(trial: Trial) -> None:
+    if trial.driver.geometry.discard is None or any(trial.driver.read([(64 * 512, 16 * 512)])[0]):
+        raise AssertionError("an alignment takes discards away")
+
+
+attack(
+    22,
+    "discards whose alignment is larger than they can be",
+    SURVIVED,
+    options=options_of(discard_alignment=1 << 20),
+    after=_discards_happen,
+)(lambda device: None)
+
 attack(23, "no queue", refused("virtio-queue-missing"))(lambda device: device.lie_at(MmioRegister.QUEUE_SIZE_MAX, 0))
 attack(23, "a queue of more than 32768", refused("virtio-queue-size"))(
     lambda device: device.lie_at(MmioRegister.QUEUE_SIZE_MAX, 32769)
@@ -188,6 +222,7 @@ attack(23, "a queue of more than 32768", refused("virtio-queue-size"))(
 attack(23, "a queue of 2^32 - 1", refused("virtio-queue-size"))(
     lambda device: device.lie_at(MmioRegister.QUEUE_SIZE_MAX, 0xFFFF_FFFF)
 )
+attack(23, "the largest queue", SURVIVED)(lambda device: device.lie_at(MmioRegister.QUEUE_SIZE_MAX, 32768))
 attack(23, "a queue of 31", SURVIVED)(lambda device: device.lie_at(MmioRegister.QUEUE_SIZE_MAX, 31))
 attack(23, "a queue of 2", refused("virtio-queue-size"))(lambda device: device.lie_at(MmioRegister.QUEUE_SIZE_MAX, 2))
 attack(23, "a queue whose size changes", SURVIVED, after=_read_once(MmioRegister.QUEUE_SIZE_MAX))(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from svsm.formats.virtio import BlkType
 from svsm.host.devices.virtio_ring import Chain, DevicePackedRing, DeviceRing, DeviceSplitRing
 from svsm.testing.hostile.catalogue import (
     IO_ERROR,
@@ -171,12 +172,61 @@ def _status(value: int) -> Install:
 
 for _value in (3, 0x7F, 0xFF):
     attack(9, f"status {_value:#x}", dead("virtio-blk-status"))(_status(_value))
+
+
+@attack(9, "a flush is completed and nothing is done", dead("virtio-blk-status"))
+def _flush_not_done(device: HostileBlk) -> None:
+    def act(ring: DeviceRing, chain: Chain, written: int) -> None:
+        if device.window.take(chain.parts[0].address, 4) == int(BlkType.FLUSH).to_bytes(4, "little"):
+            device.window.put(chain.parts[-1].address, b"\xff")
+        ring.push(chain, written)
+
+    device.on_complete = act
+
+
+@attack(7, "a flush fails", IO_ERROR)
+def _flush_fails(device: HostileBlk) -> None:
+    def act(ring: DeviceRing, chain: Chain, written: int) -> None:
+        if device.window.take(chain.parts[0].address, 4) == int(BlkType.FLUSH).to_bytes(4, "little"):
+            device.window.put(chain.parts[-1].address, b"\x01")
+        ring.push(chain, written)
+
+    device.on_complete = act
+
+
+@attack(7, "a flush is completed with status OK, and nothing written, says the length", IO_ERROR)
+def _flush_wrote_nothing(device: HostileBlk) -> None:
+    def act(ring: DeviceRing, chain: Chain, written: int) -> None:
+        flush = device.window.take(chain.parts[0].address, 4) == int(BlkType.FLUSH).to_bytes(4, "little")
+        device.mark_used(ring, chain.identifier, 0 if flush else written, chain.entries)
+
+    device.on_complete = act
+
+
+@attack(9, "a request is completed and nothing is done", dead("virtio-blk-status"))
+def _nothing_done(device: HostileBlk) -> None:
+    undone: dict[int, bytes] = {}
+
+    def request(chain: Chain) -> None:
+        for part in chain.parts:
+            if part.device_writes:
+                undone[part.address] = device.window.take(part.address, part.length)
+
+    def act(ring: DeviceRing, chain: Chain, written: int) -> None:
+        for address, data in undone.items():
+            device.window.put(address, data)
+        ring.push(chain, written)
+
+    device.on_request = request
+    nth(device, 4, act)
+
+
 attack(9, "an I/O error", IO_ERROR)(_status(1))
 attack(9, "an unsupported request", IO_ERROR)(_status(2))
 
 
 def _scribble_everything(trial: Trial) -> None:
-    results = trial.driver.read([(0, 4096), (8192, 65536)])
+    results = trial.driver.read([(0, 4096), (8192, 8192)])
     before = [bytes(part) for part in results]
     shared = trial.device.window.bytes
     saved = bytes(shared)
