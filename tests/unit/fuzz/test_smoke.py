@@ -12,7 +12,7 @@ from svsm.fuzz.target import Target
 from svsm.fuzz.targets import TARGETS
 
 _CORPUS = Path(__file__).resolve().parents[3] / "fuzz" / "corpus"
-_SECONDS = 0.4
+_SECONDS = 0.3
 _LONG_SECONDS = 30.0
 
 

@@ -5,11 +5,19 @@ from __future__ import annotations
 
 from svsm.formats.errors import StateError
 from svsm.fuzz.target import Target
-from svsm.fuzz.targets import attestation, evidence, images, messages, storage
+from svsm.fuzz.targets import attestation, evidence, guest, host, images, messages, storage
 
 __all__ = ["TARGETS", "find"]
 
-TARGETS: tuple[Target, ...] = (*images.ROWS, *evidence.ROWS, *messages.ROWS, *attestation.ROWS, *storage.ROWS)
+TARGETS: tuple[Target, ...] = (
+    *images.ROWS,
+    *evidence.ROWS,
+    *messages.ROWS,
+    *attestation.ROWS,
+    *storage.ROWS,
+    *guest.ROWS,
+    *host.ROWS,
+)
 
 
 def find(name: str) -> Target:
