@@ -277,8 +277,11 @@ def elf_names(data: bytes) -> tuple[str, ...] | str:
 
 
 def test_the_trusted_code_grows_only_announced() -> None:
-    text = (ROOT / "docs" / "TCB.md").read_text(encoding="utf-8")
-    assert tcb_table() == text, (
+    text, table = (ROOT / "docs" / "TCB.md").read_text(encoding="utf-8"), tcb_table()
+    if sys.version_info[:2] != (3, 11) or "_bisect" in sys.builtin_module_names:
+        # Another release, or Debian's build with most modules built in, lists other parts of the standard library.
+        text, table = (whole.partition("## Foreign code")[0] for whole in (text, table))
+    assert table == text, (
         "the measured code changed: look at it, then run: python -m svsm.launch.payload > docs/TCB.md"
     )
 
