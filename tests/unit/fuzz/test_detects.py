@@ -10,6 +10,7 @@ import pytest
 
 from svsm.abi.platform import Gpa, Permission
 from svsm.crypto import secure_channel, token
+from svsm.crypto.guest_channel import open_message
 from svsm.formats.errors import SvsmError
 from svsm.formats.frames import FrameDecoder, FrameHeader
 from svsm.fuzz.builtin import fuzz
@@ -76,7 +77,7 @@ def _a_stale_report(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         guest_requests.GuestRequestChannel,
         "_open",
-        lambda self, response: guest_requests.open_message(bytes(self._key), response)[1],
+        lambda self, response: open_message(bytes(self._key), response)[1],
     )
 
 
