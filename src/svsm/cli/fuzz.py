@@ -42,6 +42,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="atheris where it is installed, else a simple engine of our own (default: auto)",
     )
     parser.add_argument("--reproduce", type=Path, metavar="FILE", help="run one input and show what happens")
+    parser.add_argument(
+        "--distil", type=Path, metavar="DIR", help="write the few inputs of the corpus that the repository should keep"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object per line and target")
     parser.set_defaults(run=_run)
 
@@ -65,6 +68,8 @@ def _run(arguments: argparse.Namespace) -> int:
         raise StateError("which target?", code="fuzz-target", hint="svsm fuzz --list shows them; `all` means each")
     if arguments.reproduce is not None:
         return _reproduce(arguments)
+    if arguments.distil is not None:
+        return _distil(arguments)
     names = [target.name for target in TARGETS] if arguments.target == "all" else [find(arguments.target).name]
     found = 0
     for name in names:
@@ -106,6 +111,21 @@ def _show(summary: Summary, *, as_json: bool) -> None:
     )
     for finding in summary.findings:
         print(f"  {finding.signature}\n  reproducer: {finding.file}", flush=True)
+
+
+def _distil(arguments: argparse.Namespace) -> int:
+    from svsm.fuzz.distil import distilled
+    from svsm.fuzz.targets import find
+    from svsm.fuzz.worker import save_input
+
+    target = find(arguments.target)
+    corpus = arguments.corpus or _WORK / "corpus" / target.name
+    kept = distilled(target, [path.read_bytes() for path in sorted(corpus.iterdir()) if path.is_file()])
+    arguments.distil.mkdir(parents=True, exist_ok=True)
+    for data in kept:
+        save_input(arguments.distil, data)
+    print(f"{target.name}: {len(kept)} inputs, {sum(map(len, kept))} bytes")
+    return 0
 
 
 def _reproduce(arguments: argparse.Namespace) -> int:

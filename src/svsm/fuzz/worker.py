@@ -141,7 +141,7 @@ def _minimise(order: dict[str, Any]) -> int:
 def _atheris(order: dict[str, Any]) -> int:
     import atheris
 
-    with atheris.instrument_imports(include=["svsm"]):
+    with atheris.instrument_imports(include=["svsm", "h11"]):
         target = _target(order["target"])
         from svsm.fuzz.target import Finding, execute
 

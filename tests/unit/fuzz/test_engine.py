@@ -14,6 +14,7 @@ from svsm.cli.main import main
 from svsm.formats.errors import FormatError, StateError, SvsmError
 from svsm.fuzz.builtin import fuzz, minimised
 from svsm.fuzz.choices import Choices
+from svsm.fuzz.distil import distilled
 from svsm.fuzz.runner import choose_engine, run_target
 from svsm.fuzz.target import Broken, Finding, Target, TimeLimit, Verdict, execute, expect
 from svsm.fuzz.targets import TARGETS, find
@@ -158,6 +159,21 @@ def test_atheris_sees_coverage(tmp_path: Path) -> None:
     assert done.coverage is not None
     assert done.coverage > 10
     assert done.corpus_inputs > 0
+
+
+def test_distilling_keeps_the_smallest_input_for_each_new_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    refused_magic, refused_version = b"x", b"SVSMOWNR"
+    for number, data in enumerate((refused_magic, b"yy", refused_version, refused_version + b"\2")):
+        (corpus / str(number)).write_bytes(data)
+    kept = distilled(find("settings"), [path.read_bytes() for path in corpus.iterdir()])
+    assert kept == [refused_magic, refused_version]
+    assert main(["fuzz", "settings", "--corpus", str(corpus), "--distil", str(tmp_path / "kept")]) == 0
+    assert capsys.readouterr().out == "settings: 2 inputs, 9 bytes\n"
+    assert sorted(path.read_bytes() for path in (tmp_path / "kept").iterdir()) == sorted(kept)
 
 
 def test_the_engine_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
