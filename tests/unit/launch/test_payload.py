@@ -20,10 +20,11 @@ import pytest
 
 from svsm.formats.errors import BackendError, FormatError, SvsmError
 from svsm.launch import payload as payload_module
-from svsm.launch.payload import Payload, build_payload, tcb_table
+from svsm.launch.payload import Payload, build_payload
 from svsm.launch.payload_elf import find_library, read_elf
 from svsm.launch.payload_manifest import Manifest
-from svsm.launch.payload_modules import ModuleCache, Modules
+from svsm.launch.payload_modules import Module, ModuleCache, Modules
+from svsm.launch.payload_tcb import COMMAND, tcb_table, versions
 
 ROOT = Path(__file__).parents[3]
 
@@ -281,9 +282,29 @@ def test_the_trusted_code_grows_only_announced() -> None:
     if sys.version_info[:2] != (3, 11) or "_bisect" in sys.builtin_module_names:
         # Another release, or Debian's build with most modules built in, lists other parts of the standard library.
         text, table = (whole.partition("## Foreign code")[0] for whole in (text, table))
-    assert table == text, (
-        "the measured code changed: look at it, then run: python -m svsm.launch.payload > docs/TCB.md"
-    )
+    assert table == text, f"the measured code changed: look at it, then run: {COMMAND}"
+
+
+def test_the_list_of_trusted_code_shows_a_single_changed_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = tcb_table().splitlines()
+    whole = Modules.source
+
+    def changed(self: Modules, module: Module) -> bytes:
+        data = whole(self, module)
+        return data.replace(b"#", b"%", 1) if module.name == "svsm.kernel.boot" else data
+
+    monkeypatch.setattr(Modules, "source", changed)
+    after = tcb_table().splitlines()
+    (line,) = (new for old, new in zip(before, after, strict=True) if old != new)
+    assert line.startswith("| `svsm.kernel.boot` |")
+
+
+def test_versions_are_known_for_what_the_manifest_names_by_hash(built: Payload) -> None:
+    found = versions(built.manifest)
+    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["libc"].startswith("glibc 2.")
+    assert {"cffi", "cryptography", "libcrypto.so.3", "libtpms.so.0"} <= found.keys()
+    assert "unknown" not in found.values()
 
 
 def test_the_loader_is_one_file_that_needs_nothing_of_svsm_to_start() -> None:
