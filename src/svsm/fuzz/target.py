@@ -43,8 +43,8 @@ class Finding(Exception):
 
     def __init__(self, signature: str, text: str) -> None:
         super().__init__(signature)
-        self.signature = signature
-        self.text = text
+        self.signature = _shown(signature)
+        self.text = _shown(text)
 
 
 class Verdict(enum.Enum):
@@ -129,6 +129,10 @@ def judge(action: Callable[[], object]) -> Outcome:
         expect(_printable(shown) and _printable(error.hint or ""), f"[{error.code}] cannot be printed")
         return Outcome(Verdict.REFUSED, f"{error.code}@{_place(error.__traceback__)}")
     return Outcome(Verdict.ACCEPTED)
+
+
+def _shown(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _printable(text: str) -> bool:

@@ -60,8 +60,10 @@ def test_everything_else_is_one(error: BaseException) -> None:
     def run(_data: bytes) -> None:
         raise error
 
-    with pytest.raises(Finding):
+    with pytest.raises(Finding) as caught:
         execute(target(run), b"")
+    assert caught.value.text.encode()
+    assert caught.value.signature.encode()
 
 
 def test_too_much_processor_time_is_a_finding() -> None:

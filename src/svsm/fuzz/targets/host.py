@@ -16,11 +16,12 @@ from typing import Final, cast
 
 from svsm.formats import swtpm, tpm
 from svsm.formats.errors import BackendError, StateError, SvsmError
-from svsm.formats.snp import ghcb
+from svsm.formats.snp import ghcb, vcpu_messages
 from svsm.formats.snp.guest_message import MESSAGE_SIZE, MessageHeader
 from svsm.formats.snp.hardware_messages import ANSWER, HostCommand, Message
 from svsm.formats.snp.page_info import PageType
 from svsm.formats.snp.report import REPORT_BYTES, Report
+from svsm.formats.snp.vmsa import Vmsa
 from svsm.fuzz.choices import Choices
 from svsm.fuzz.target import Target, expect
 from svsm.fuzz.targets.material import chip_machine
@@ -30,6 +31,7 @@ from svsm.hardware.memory import PhysicalMemory
 from svsm.hardware.messages import Port
 from svsm.hardware.rmp import Home
 from svsm.hardware.sp import SecureProcessor
+from svsm.hardware.vcpu_port import EFER_SVME, VcpuPort, load_registers, store_exit
 from svsm.kernel.guest_requests import Again, GuestRequestChannel
 from svsm.kernel.machine_port import MAX_DEVICES, HostPort
 from svsm.services.syscalls import Kernel
@@ -281,6 +283,55 @@ def _answers(host: socket.socket) -> list[Message]:
         found.append(Message.parse(data))
 
 
+# --- the vCPU's process, which runs guest code and may be the guest's --------------------------------------------
+
+
+def _vcpu(data: bytes) -> None:
+    """All that the process will say is there before the chip asks: acknowledgements and exits, honest or not."""
+    choices, before = Choices(data), _open_descriptors()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    port = VcpuPort(ours)
+    try:
+        page = Vmsa(efer=0x1D00, rip=0x1000, vmpl=2).pack()
+        for number in range(1, _MAX_STEPS):
+            if not choices.more:
+                break
+            operation = choices.below(4)
+            packet = vcpu_messages.ack(number)
+            if operation == 3:
+                registers = load_registers(choices.edited(page)[: len(page)].ljust(len(page), b"\0"), ghcb_msr=0)
+                packet = vcpu_messages.ExitMessage(
+                    vcpu_messages.Kind.EXIT, 0, choices.below(_MAX_STEPS), choices.number(), 0, 0, registers
+                ).pack()
+            theirs.send(choices.edited(packet)[:1024] or b"\0" if choices.below(4) == 3 else packet)
+            _vcpu_step(port, operation, page)
+    except BackendError as error:
+        expect(error.code == "machine-vcpu", "a broken vCPU process is called that")
+    finally:
+        port.close()
+        theirs.close()
+    expect(_open_descriptors() == before, "no descriptor is left")
+
+
+def _vcpu_step(port: VcpuPort, operation: int, page: bytes) -> None:
+    running = port.running
+    if operation == 0:
+        port.map(_GUEST, 0x1000, vcpu_messages.Memory.SHARED, vcpu_messages.Access.ALL)
+    elif operation == 1:
+        port.unmap(_GUEST, 0x1000)
+    elif operation == 2 and running is None:
+        port.run(_GUEST, load_registers(page, ghcb_msr=0), 0)
+        port.receive()
+    else:
+        port.receive()
+    while (stopped := port.take_stop()) is not None:
+        expect(stopped.vmsa_gpa == _GUEST and port.running is None, "an exit is of the vCPU that ran")
+        after = Vmsa.parse(store_exit(page, stopped))
+        before = Vmsa.parse(page)
+        expect((after.vmpl, after.sev_features) == (before.vmpl, before.sev_features), "a level is not the guest's")
+        expect(bool(after.efer & EFER_SVME), "SVME is not the guest's")
+
+
 # --- the socket front of a TPM ------------------------------------------------------------------------------------
 
 
@@ -373,6 +424,13 @@ ROWS = (
         "commands of the host to the hardware",
         _machine_commands,
         lambda: [bytes([0, 0, 0, 1, 0, 0, 0, 0, 0, 6, 0, 0, 0]), bytes([0, 0, 0])],
+        max_bytes=512,
+    ),
+    Target(
+        "vcpu-port",
+        "messages of the vCPU process to the hardware",
+        _vcpu,
+        lambda: [bytes([0, 0, 1, 0, 2, 0, 3, 0, 4, 5, 0]), bytes([3, 0, 0, 0, 0])],
         max_bytes=512,
     ),
     Target("tpm-front", "control, platform and data of a TPM's socket front", _tpm_front, _front_seeds, max_bytes=512),

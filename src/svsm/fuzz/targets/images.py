@@ -27,6 +27,7 @@ from svsm.fuzz.choices import Choices
 from svsm.fuzz.target import Target, expect, judge
 from svsm.launch.build import build_image
 from svsm.launch.digest import launch_digest
+from svsm.launch.id_block import check_id_blocks, demand_id_blocks
 from svsm.launch.inspect import describe
 from svsm.launch.ovmf_image import describe_ovmf_launch
 
@@ -68,7 +69,9 @@ def _plan(file: IgvmFile, order: Order) -> None:
     runs = list(itertools.islice(plan_runs(file, order=order), _MAX_RUNS))
     expect(all(run.pages > 0 for run in runs), "a run of a launch plan has pages")
     if sum(run.pages for run in runs) <= _MAX_MEASURED_PAGES:
-        expect(len(launch_digest(file, order=order)) == 48, "a launch digest has 48 bytes")
+        digest = launch_digest(file, order=order)
+        expect(len(digest) == 48, "a launch digest has 48 bytes")
+        judge(lambda: demand_id_blocks(check_id_blocks(file, digest), digest))
 
 
 def _id_block(file: IgvmFile) -> None:
