@@ -108,10 +108,8 @@ def descendants(pid: int) -> list[int]:
 def process_of(pid: int, role: Role) -> int | None:
     """The process with the uid of a role below a supervisor that root started."""
     uid = role_uid(role)
-    for candidate in descendants(pid):
+    for candidate in filter(is_alive, descendants(pid)):
         with contextlib.suppress(OSError):
-            if uid is not None and os.stat(f"/proc/{candidate}").st_uid == uid:
-                return candidate
             for line in Path(f"/proc/{candidate}/status").read_text().splitlines():
                 if line.startswith("Uid:") and int(line.split()[1]) == uid:
                     return candidate
