@@ -19,7 +19,6 @@ MODULE_LINES = 600
 FUNCTION_LINES = 80
 
 # What was too long when the limits came. An entry may shrink, and goes when it is within the limit; none is added.
-LONG_MODULES = {"src/svsm/cli/supervisor/session.py": 640}
 LONG_FUNCTIONS = {"src/svsm/testing/machine_harness.py:running_machine": 90}
 
 GENERATED = {"src/svsm/services/vtpm/_libtpms_abi.py"}

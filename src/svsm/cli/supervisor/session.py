@@ -13,11 +13,8 @@ import dataclasses
 import json
 import os
 import secrets
-import selectors
-import signal
 import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from svsm.cli.supervisor import bodies
@@ -26,9 +23,10 @@ from svsm.cli.supervisor.demonstration import guest_random, socket_random
 from svsm.cli.supervisor.image import Image, image_body
 from svsm.cli.supervisor.progress import Progress
 from svsm.cli.supervisor.release import Release, last_release, remember, what_changed
-from svsm.cli.supervisor.roles import EventPipe, Role, printable, start_role
+from svsm.cli.supervisor.sockets import BACKLOG, listen, tcp_pair
 from svsm.cli.supervisor.state import StateDirectory
-from svsm.formats.errors import BackendError, IntegrityError, PolicyError, StateError, SvsmError
+from svsm.cli.supervisor.watch import Watch
+from svsm.formats.errors import IntegrityError, StateError
 from svsm.formats.launch_configuration import LaunchConfiguration, TpmConfiguration, TpmFront
 
 __all__ = ["Options", "Session"]
@@ -37,7 +35,6 @@ _START_SECONDS = 90.0
 _STOP_SECONDS = 15.0
 _DISK_BYTES = 8 << 20
 _TPMS = (TpmConfiguration("vtpm0", TpmFront.SOCKET), TpmConfiguration("guest0", TpmFront.SVSM))
-_BACKLOG = 16
 _ALLOW = "svsm broker volume allow"
 
 
@@ -67,19 +64,13 @@ class Session:
     def __init__(self, options: Options, progress: Progress) -> None:
         self._options = options
         self._progress = progress
-        self._roles: dict[str, Role] = {}
-        self._selector = selectors.DefaultSelector()
+        self._watch = Watch(progress, debug=options.debug, complete_hint=self._complete_hint)
         self._ready: dict[str, object] = {}
-        self._facts: dict[str, dict[str, object]] = {}
-        self._runs_guests = False
-        self._reduced: set[str] = set()
-        self._failure: SvsmError | None = None
-        self._stop_asked = False
         self._is_ready = False
         self._power: socket.socket | None = None
-        self._consoles: list[tuple[EventPipe, Callable[[dict[str, object]], None]]] = []
         self._minting_seconds = 0.0
         self._release: Release | None = None
+        self._broker_url = ""
 
     def run(self) -> int:
         """Boot, serve, stop.
@@ -92,7 +83,7 @@ class Session:
         """
         state = StateDirectory.open_for_boot(self._options.state)
         started = time.monotonic()
-        self._catch_signals()
+        self._watch.catch_signals()
         try:
             self._boot(state)
             boot_ms = round((time.monotonic() - started - self._minting_seconds) * 1000)
@@ -100,8 +91,8 @@ class Session:
             self._serve()
         finally:
             self._tear_down()
-        if self._failure is not None:
-            raise self._failure
+        if self._watch.failure is not None:
+            raise self._watch.failure
         self._progress.event("stopped")
         return 0
 
@@ -123,13 +114,13 @@ class Session:
             serial = self._start_proxy(state)
         with progress.step("machine", "Simulated SEV-SNP machine"):
             fronts, tcti = self._fronts(state)
-            driver = _listen(state.folder("run") / "guest.sock")
+            driver = listen(state.folder("run") / "guest.sock")
             disk = self._options.disk or Disk(
                 state.folder("host") / "disk.img", process=False, create_bytes=_DISK_BYTES
             )
             devices = HostDevices(serial=serial, disk=disk, fronts=fronts, guest_driver=driver)
             self._start_machine(state, image, configuration, devices)
-            chip_digest = str(self._await("host-launched")["digest"])
+            chip_digest = str(self._watch.await_event("host-launched")["digest"])
             if chip_digest != image.launch_digest:
                 raise IntegrityError(
                     "the chip measured something else than the file says",
@@ -139,7 +130,7 @@ class Session:
                     got=chip_digest,
                 )
             progress.fact("chip_digest", "equals the launch digest computed from the file", label="chip")
-        self._dismiss("image")
+        self._watch.dismiss("image")
         self._kernel_steps()
         self._ready = {
             "tcti": tcti,
@@ -148,7 +139,7 @@ class Session:
             **self._tpm_names(),
             "volume_id": str(state.volume_id),
             "broker": self._options.broker or self._broker_url or None,
-            "guest_socket": str(state.folder("run") / "guest.sock") if "guest" in self._facts else None,
+            "guest_socket": str(state.folder("run") / "guest.sock") if "guest" in self._watch.facts else None,
         }
         self._demonstrate(state)
 
@@ -159,28 +150,12 @@ class Session:
         if not any(folder.iterdir()):
             begun = time.monotonic()
             with self._progress.step("mint", "Minting the simulated machine (first boot only)"):
-                self._mint(folder)
+                # In a process of its own: roles are forks of this one, and a hijacked host would find what it has seen.
+                self._watch.run("mint", bodies.mint_body(folder))
             self._minting_seconds = time.monotonic() - begun
         return root_fingerprint(folder).hex()
 
-    def _mint(self, folder: Path) -> None:
-        """In a process of its own: roles are forks of this one, and what it has seen a hijacked host would find."""
-        role = start_role("mint", bodies.mint_body(folder), debug=self._options.debug)
-        self._roles[role.name] = role
-        ended: list[bool] = []
-        self._selector.register(role.pidfd, selectors.EVENT_READ, lambda: ended.append(True))
-        while not ended:
-            self._check()
-            self._poll(None)
-        self._selector.unregister(role.pidfd)
-        for event in role.read_events() or []:
-            self._take(event)
-        if self._roles.pop(role.name).collect() and self._failure is None:
-            self._failure = BackendError("the machine was not minted", code="boot-role-ended", role=role.name)
-        self._check()
-
     def _start_broker(self, state: StateDirectory) -> bytes:
-        self._broker_url = ""
         if self._options.broker is not None or self._options.serial is not None:
             if self._options.image is not None:
                 return b""
@@ -193,19 +168,19 @@ class Session:
             from svsm.cli.igvm import read_broker_key
 
             return read_broker_key(self._options.broker_key)
-        listener = socket.create_server(("127.0.0.1", 0), backlog=_BACKLOG)
+        listener = socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)
         self._broker_url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         self._enrolment, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with listener, theirs:
             body = bodies.broker_body(state.folder("broker"), listener, theirs, landlock_cap=self._options.landlock_cap)
-            self._start("broker", body, [listener.fileno(), theirs.fileno()])
-        return bytes.fromhex(str(self._await("broker")["public_key"]))
+            self._watch.start("broker", body, [listener.fileno(), theirs.fileno()])
+        return bytes.fromhex(str(self._watch.await_event("broker")["public_key"]))
 
     def _start_image(self) -> tuple[int, int]:
         """Start the worker that makes the image; gives the pipe for the broker's key, and the image's memfd."""
         key_reader, key_writer = os.pipe2(os.O_CLOEXEC)
         output = os.memfd_create("svsm-image", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        self._start("image", image_body(self._options.image, key_reader, output), [key_reader, output])
+        self._watch.start("image", image_body(self._options.image, key_reader, output), [key_reader, output])
         os.close(key_reader)
         return key_writer, output
 
@@ -216,7 +191,7 @@ class Session:
             os.write(key_writer, broker_key)
         os.close(key_writer)
         bodies.preload(bodies.MACHINE_MODULES)
-        image = Image.of(output, self._await("image"))
+        image = Image.of(output, self._watch.await_event("image"))
         self._release = image.release
         progress = self._progress
         progress.fact("image_bytes", f"{image.size_bytes:,} bytes", label="image")
@@ -248,22 +223,22 @@ class Session:
             self._progress.fact("serial", str(self._options.serial))
             return self._options.serial
         path = state.folder("run") / "serial.sock"
-        with _listen(path) as listener:
+        with listen(path) as listener:
             body = bodies.proxy_body(
                 listener, self._options.broker or self._broker_url, landlock_cap=self._options.landlock_cap
             )
-            self._start("proxy", body, [listener.fileno()])
+            self._watch.start("proxy", body, [listener.fileno()])
         self._progress.fact("serial", str(path))
         return path
 
     def _fronts(self, state: StateDirectory) -> tuple[tuple[tuple[socket.socket, int, int], ...], str]:
         data = state.folder("run") / f"{_TPMS[0].name}.sock"
         control = data.with_name(data.name + ".ctrl")
-        fronts = [(_listen(data), 0, 1), (_listen(control), 0, 0)]
+        fronts = [(listen(data), 0, 1), (listen(control), 0, 0)]
         if self._options.tcp_port is not None:
-            pair = _tcp_pair(self._options.tcp_port)
+            pair = tcp_pair(self._options.tcp_port)
             fronts += [(pair[0], 0, 1), (pair[1], 0, 0)]
-            self._facts["tcp"] = {"port": pair[0].getsockname()[1]}
+            self._watch.facts["tcp"] = {"port": pair[0].getsockname()[1]}
         return tuple(fronts), f"swtpm:path={data}"
 
     def _start_machine(
@@ -287,11 +262,11 @@ class Session:
             hardware_vcpu, vcpu_hardware = pair()
             self._power, host_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             mine.enter_context(host_control)
-            kernel_console = self._pipe(mine, self._take_kernel)
-            service_console = self._pipe(mine, self._take_service)
+            kernel_console = self._watch.kernel_console(mine)
+            service_console = self._watch.service_console(mine)
             cap = self._options.landlock_cap
-            guest = self._runs_guests = _has_unicorn()
-            self._start(
+            guest = self._watch.runs_guests = _has_unicorn()
+            self._watch.start(
                 "hardware",
                 bodies.hardware_body(
                     state.folder("machine"),
@@ -315,13 +290,13 @@ class Session:
             )
             if guest:
                 vcpu = bodies.vcpu_body(vcpu_hardware, vmpl2=memory["vmpl2"], shared=memory["shared"], landlock_cap=cap)
-                self._start("vcpu", vcpu, [vcpu_hardware.fileno(), memory["vmpl2"], memory["shared"]])
+                self._watch.start("vcpu", vcpu, [vcpu_hardware.fileno(), memory["vmpl2"], memory["shared"]])
             else:
                 self._progress.note("no guest runs: the optional package unicorn is missing (pip install svsm[guest])")
             listeners = [front[0] for front in devices.fronts]
             if devices.guest_driver is not None:
                 listeners.append(devices.guest_driver)
-            self._start(
+            self._watch.start(
                 "host",
                 bodies.host_body(
                     host_hardware,
@@ -349,23 +324,23 @@ class Session:
     def _kernel_steps(self) -> None:
         progress = self._progress
         with progress.step("attestation", "Attestation"):
-            self._await("confined")
-            attested = self._await("attested")
+            self._watch.await_event("confined")
+            attested = self._watch.await_event("attested")
             progress.fact("key", f"released for volume {attested['volume_id']} ({attested['state']})")
         with progress.step("volume", "Volume"):
-            volume = self._await("volume")
+            volume = self._watch.await_event("volume")
             made = "formatted, because the broker says it is new" if volume["action"] == "format" else "opened"
             progress.fact("cocoonfs", f"{made}, {int(str(volume['size_bytes'])):,} bytes", label="CocoonFS")
         with progress.step("tpms", "TPMs"):
-            self._await("ready")
+            self._watch.await_event("ready")
             for tpm in self._tpms():
                 front = "socket" if tpm["front"] == "socket" else "SVSM protocol, VMPL2 guest"
                 progress.fact(str(tpm["name"]), f"{front}, EK name {tpm['ek_name']}")
-            if "active" in self._facts:
+            if "active" in self._watch.facts:
                 progress.fact("active", "the broker has acknowledged the first format", label="volume")
 
     def _tpms(self) -> list[dict[str, object]]:
-        tpms = self._facts["ready"].get("tpms")
+        tpms = self._watch.facts["ready"].get("tpms")
         return [tpm for tpm in tpms if isinstance(tpm, dict)] if isinstance(tpms, list) else []
 
     def _tpm_names(self) -> dict[str, object]:
@@ -377,257 +352,49 @@ class Session:
         with progress.step("demonstration", "One real TPM operation each"):
             random = socket_random(state.folder("run") / f"{_TPMS[0].name}.sock")
             progress.fact("socket_random", f"TPM2_GetRandom: {random.hex()}", label=_TPMS[0].name)
-            if "guest" in self._facts:
+            if "guest" in self._watch.facts:
                 random = guest_random(state.folder("run") / "guest.sock")
                 progress.fact("guest_random", f"TPM2_GetRandom, called by the guest: {random.hex()}", label="guest0")
 
     def _announce(self, state: StateDirectory, boot_ms: int) -> None:
         progress = self._progress
-        event = {**self._ready, "boot_ms": boot_ms, "isolation": {"reduced": sorted(self._reduced)}}
-        if "tcp" in self._facts:
-            event["tcti_tcp"] = f"swtpm:host=127.0.0.1,port={self._facts['tcp']['port']}"
+        event = {**self._ready, "boot_ms": boot_ms, "isolation": {"reduced": sorted(self._watch.reduced)}}
+        if "tcp" in self._watch.facts:
+            event["tcti_tcp"] = f"swtpm:host=127.0.0.1,port={self._watch.facts['tcp']['port']}"
         if self._release is not None:
             remember(state.path, self._release)
         ready = state.folder("run") / f".ready.{secrets.token_hex(4)}"
         ready.write_text(json.dumps(event) + "\n", encoding="utf-8")
         ready.rename(state.folder("run") / "ready.json")
-        for reduction in sorted(self._reduced):
+        for reduction in sorted(self._watch.reduced):
             progress.note(f"isolation is reduced here: {reduction}")
         progress.fact("ready", f"in {boot_ms} ms; try: tpm2_getrandom -T {self._ready['tcti']} --hex 8")
         progress.fact("stop", "Ctrl-C, or svsm stop")
         progress.event("ready", **event)  # the last of the start
 
-    # --- events ---
-
-    def _start(self, name: str, body: object, keep: list[int]) -> None:
-        role = start_role(name, body, keep=keep, debug=self._options.debug)  # type: ignore[arg-type]
-        self._roles[name] = role
-        self._selector.register(role.events, selectors.EVENT_READ, lambda: self._read_role(role))
-        self._selector.register(role.pidfd, selectors.EVENT_READ, lambda: self._role_ended(role))
-
-    def _await(self, event: str) -> dict[str, object]:
-        """Serve events until one of this name has come."""
-        deadline = time.monotonic() + _START_SECONDS
-        while event not in self._facts:
-            self._check()
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise BackendError(f"the boot does not get on: no '{event}' so far", code="boot-timeout")
-            self._poll(left)
-        self._check()
-        return self._facts[event]
-
-    def _check(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-        if self._stop_asked:
-            raise StateError("stopped while booting", code="boot-interrupted")
-
-    def _poll(self, timeout: float | None) -> None:
-        for key, _ in self._selector.select(timeout):
-            key.data()
-
-    def _read_role(self, role: Role) -> None:
-        events = role.read_events()
-        if events is None:
-            self._selector.unregister(role.events)
-            return
-        for event in events:
-            self._take(event)
-
-    def _pipe(self, mine: contextlib.ExitStack, take: Callable[[dict[str, object]], None]) -> int:
-        """The writing end, closed here with `mine`, of a pipe whose events go to `take`."""
-        reader, writer = os.pipe2(os.O_CLOEXEC)
-        mine.callback(os.close, writer)
-        pipe = EventPipe(reader)
-        self._consoles.append((pipe, take))
-        self._selector.register(pipe, selectors.EVENT_READ, lambda: self._read_console(pipe, take))
-        return writer
-
-    def _read_console(self, pipe: EventPipe, take: Callable[[dict[str, object]], None]) -> None:
-        events = pipe.read() if (pipe, take) in self._consoles else []
-        if events is None:
-            self._consoles.remove((pipe, take))
-            self._selector.unregister(pipe)
-            pipe.close()
-        for event in events or []:
-            take(event)
-
-    def _take_kernel(self, event: dict[str, object]) -> None:
-        self._take({**event, "role": "kernel"})
-
-    def _take_service(self, event: dict[str, object]) -> None:
-        """A service's loader says how it is confined, or why it does not start. Once clients can reach a service it
-        may be hijacked, and nothing that it says ends the VM: that it died is the kernel's business."""
-        if event["event"] == "confined":
-            self._take_isolation(event)
-        elif event["event"] in ("failed", "refused"):
-            if "ready" not in self._facts:
-                self._fail({**event, "role": "service"})
-            else:
-                self._progress.note(f"a service says that it failed: {str(event.get('code'))[:64]}")
-
-    def _take(self, event: dict[str, object]) -> None:
-        name = str(event["event"])
-        self._take_isolation(event)
-        if name in ("failed", "refused"):
-            self._fail(event)
-        elif name in ("log", "proxy-log", "client-refused", "storage-failed", "no-guest", "guest-stopped"):
-            self._progress.event(name, **{key: value for key, value in event.items() if key != "event"})
-            if name == "log":
-                self._progress.note(f"{event.get('tpm')}: {event.get('text')}")
-            elif name == "proxy-log":
-                self._progress.note(f"proxy: {event.get('text')}")
-            elif name in ("no-guest", "guest-stopped", "storage-failed"):
-                self._progress.note(f"{name}: {event.get('message') or event.get('reason')}")
-        if name != "guest" or self._runs_guests:  # the kernel says that it asks for it, not that it got it
-            self._facts.setdefault(name, event)
-
-    def _take_isolation(self, event: dict[str, object]) -> None:
-        isolation = event.get("isolation")
-        if isinstance(isolation, dict) and isinstance(isolation.get("reduced"), list):
-            self._reduced |= {printable(str(entry))[:64] for entry in isolation["reduced"][:8]}
-
-    def _fail(self, event: dict[str, object]) -> None:
-        if self._failure is not None:
-            return
-        texts = {key: printable(value) for key, value in event.items() if isinstance(value, str)}
-        code, message, hint = (texts.get(key) for key in ("code", "message", "hint"))
-        if hint is not None and self._broker_url:
-            # The kernel knows the volume and its digest, but not where this broker keeps its state.
-            hint = hint.replace(_ALLOW, f"{_ALLOW} --state {self._options.state}")
-        details: dict[str, str] = {key: texts[key] for key in ("role", "reason") if key in texts}
-        if isinstance(event.get("places"), list) and self._options.debug:
-            details["places"] = json.dumps(event["places"])
-        refused = event.get("exit_code") == PolicyError.exit_code or event.get("event") == "refused"
-        kind = PolicyError if refused else BackendError
-        self._failure = kind(message or "no message", code=code or "role-fault", hint=hint, **details)
-
-    def _role_ended(self, role: Role) -> None:
-        self._selector.unregister(role.pidfd)
-        while (events := role.read_events()) is not None:
-            for event in events:
-                self._take(event)
-            if not events:
-                break
-        if role.name == "image" and "image" in self._facts:
-            return  # the only one that has an end; `_dismiss` takes it away
-        if not self._stop_asked and self._failure is None:
-            for pipe, take in list(self._consoles):
-                self._read_console(pipe, take)
-        if not self._stop_asked and self._failure is None and "host-ended" in self._facts:
-            self._failure = self._vm_ended()
-        if not self._stop_asked and self._failure is None:
-            self._failure = BackendError(
-                f"the {role.name} role ended {_how(role)}",
-                code="boot-role-ended",
-                hint="run again with --debug: the role then keeps its stderr",
-                role=role.name,
-            )
-
-    def _dismiss(self, name: str) -> None:
-        """Take away a role that has done its work."""
-        role = self._roles.pop(name)
-        for descriptor in (role.events, role.pidfd):
-            if descriptor in self._selector.get_map():
-                self._selector.unregister(descriptor)
-        role.collect()
-
-    def _vm_ended(self) -> SvsmError:
-        end = self._facts["host-ended"]
-        return BackendError(
-            "the virtual machine ended",
-            code="boot-vm-ended",
-            hint="the kernel's last events say more: run again with --json",
-            reason=printable(str(end.get("reason"))),
-            kernel_status=printable(str(end.get("kernel_status"))),
-        )
-
     # --- the end ---
-
-    def _catch_signals(self) -> None:
-        reader, writer = socket.socketpair()
-        for end in (reader, writer):
-            end.setblocking(False)
-        signal.set_wakeup_fd(writer.fileno())
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda *_: None)
-        self._signals = (reader, writer)
-
-        def asked() -> None:
-            with contextlib.suppress(BlockingIOError):
-                reader.recv(64)
-            self._stop_asked = True
-
-        self._selector.register(reader, selectors.EVENT_READ, asked)
 
     def _serve(self) -> None:
         self._is_ready = True
-        while not self._stop_asked and self._failure is None:
-            self._poll(None)
-        if self._failure is None:
+        while not self._watch.stop_asked and self._watch.failure is None:
+            self._watch.poll(None)
+        if self._watch.failure is None:
             self._progress.event("stopping")
 
     def _tear_down(self) -> None:
         """End every role: the VM in order if it still runs, the others after it."""
         # Before it was ready nothing was acknowledged to anybody, and the kernel may be waiting for a silent host.
-        in_order = self._stop_asked and self._failure is None and self._is_ready
-        self._stop_asked = True
+        in_order = self._watch.stop_asked and self._watch.failure is None and self._is_ready
+        self._watch.stop_asked = True
         if self._power is not None:
             self._power.close()
-        deadline = time.monotonic() + (_STOP_SECONDS if in_order else 1.0)
-        machine = [self._roles[name] for name in ("host", "hardware", "vcpu") if name in self._roles]
-        while any(_runs(role) for role in machine) and time.monotonic() < deadline:
-            self._poll(0.05)
-        for role in self._roles.values():
-            role.kill()
-        for role in self._roles.values():
-            role.collect()
-        self._roles.clear()
+        self._watch.end(("host", "hardware", "vcpu"), seconds=_STOP_SECONDS if in_order else 1.0)
         with contextlib.suppress(FileNotFoundError):
             (self._options.state / "run" / "ready.json").unlink()
 
-
-def _how(role: Role) -> str:
-    ended = os.waitid(os.P_PIDFD, role.pidfd, os.WEXITED | os.WNOWAIT)
-    if ended is None or ended.si_code == os.CLD_EXITED:
-        return f"with status {ended.si_status if ended is not None else 'unknown'}"
-    return f"by {signal.Signals(ended.si_status).name}"
-
-
-def _runs(role: Role) -> bool:
-    with selectors.DefaultSelector() as selector:
-        selector.register(role.pidfd, selectors.EVENT_READ)
-        return not selector.select(0)
-
-
-def _listen(path: Path) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    previous = os.umask(0o177)
-    try:
-        listener.bind(str(path))
-        listener.listen(_BACKLOG)
-    except OSError as failed:
-        listener.close()
-        raise StateError(
-            f"cannot listen on {path}: {failed}",
-            code="boot-socket",
-            hint="a Unix socket's path has at most 107 bytes: choose a shorter --state",
-        ) from failed
-    finally:
-        os.umask(previous)
-    return listener
-
-
-def _tcp_pair(port: int) -> tuple[socket.socket, socket.socket]:
-    """Two listening sockets on neighbouring loopback ports, data and control; port 0 picks a free pair."""
-    for _ in range(64 if port == 0 else 1):
-        data = socket.create_server(("127.0.0.1", port), backlog=_BACKLOG)
-        try:
-            return data, socket.create_server(("127.0.0.1", data.getsockname()[1] + 1), backlog=_BACKLOG)
-        except (OSError, OverflowError):
-            data.close()
-    raise StateError("no two neighbouring ports are free", code="boot-socket", hint="name another port", port=port)
+    def _complete_hint(self, hint: str) -> str:
+        """The kernel knows the volume and its digest, but not where this broker keeps its state."""
+        return hint.replace(_ALLOW, f"{_ALLOW} --state {self._options.state}") if self._broker_url else hint
 
 
 def _has_unicorn() -> bool:
