@@ -7,6 +7,7 @@ statuses that say what happened (Trustee answers 401 to nearly everything; relay
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import socket
 from collections.abc import Callable
@@ -105,7 +106,13 @@ class BrokerApp:
 
 def serve(broker: Broker, listener: socket.socket) -> HttpServer:
     """A server for `broker` on a listening socket; call its `run` (blocks) or `start` (thread), and its `stop`."""
-    return HttpServer(BrokerApp(broker), listener)
+
+    def tick() -> None:
+        # Where the database fails, the counts stay, and the next tick tries again.
+        with contextlib.suppress(SvsmError):
+            broker.flush_audit()
+
+    return HttpServer(BrokerApp(broker), listener, tick=tick)
 
 
 def _session(request: Request) -> bytes:

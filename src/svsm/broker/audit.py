@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""The audit trail: one line for every decision, with its reason, chained by hashes.
+"""The audit trail: every decision with its reason, chained by hashes.
+
+A decision has a line of its own, or is one of the ``count`` in a line's details, for decisions of one kind since
+``since`` (`svsm.broker.tally` says which).
 
 A line's hash covers the hash before it, so lines cannot be changed, dropped or reordered in the middle without
 recomputing all that follow; keep the last hash elsewhere to notice a cut at the end. Lines are written in the same
@@ -24,14 +27,14 @@ FIRST_HASH = bytes(32)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class AuditLine:
-    """One decision."""
+    """One decision, or many of one kind."""
 
     sequence: int
     """1, 2, 3, …"""
     at: str
     """ISO 8601, UTC."""
     event: str
-    """"volume-create", "volume-allow", "attest", "release", "formatted"."""
+    """"volume-create", "volume-allow", "attest", "release", "channel", "formatted"."""
     decision: str
     """"granted" or "refused"."""
     reason: str | None
@@ -43,6 +46,11 @@ class AuditLine:
     """For people: what was measured, which check failed."""
     hash: bytes
     """32 bytes."""
+
+    @property
+    def decisions(self) -> int:
+        """How many decisions the line stands for."""
+        return int(self.details.get("count", "1"))
 
     @classmethod
     def following(

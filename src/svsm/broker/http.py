@@ -26,6 +26,7 @@ _HEAD_READ_BYTES = 4096
 _BODY_READ_BYTES = 64 << 10
 _DRAIN_SECONDS = 0.5
 _DRAIN_READS = 32
+_TICK_SECONDS = 1.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,12 +70,25 @@ class _Ended(Exception):
 
 
 class HttpServer:
-    """Serves `app` on a listening socket, which it owns."""
+    """Serves `app` on a listening socket, which it owns.
+
+    Args:
+        app: Answers requests, in many threads.
+        listener: Listening.
+        limits: Bounds.
+        tick: Called every second or so while `run` runs, for what must happen without requests; must not raise.
+    """
 
     def __init__(
-        self, app: Callable[[Request], Response], listener: socket.socket, *, limits: HttpLimits | None = None
+        self,
+        app: Callable[[Request], Response],
+        listener: socket.socket,
+        *,
+        limits: HttpLimits | None = None,
+        tick: Callable[[], None] | None = None,
     ) -> None:
         self._app = app
+        self._tick = tick
         self._listener = listener
         self._limits = limits or HttpLimits()
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -102,10 +116,15 @@ class HttpServer:
         poller.register(self._listener, select.POLLIN)
         poller.register(self._wake_read, select.POLLIN)
         try:
+            next_tick = time.monotonic() + _TICK_SECONDS
             while not self._stopping:
-                for descriptor, _ in poller.poll():
+                for descriptor, _ in poller.poll(_TICK_SECONDS * 1000):
                     if descriptor == self._listener.fileno():
                         self._accept()
+                # By the clock and not by silence: a flood must not keep it from happening.
+                if self._tick is not None and time.monotonic() >= next_tick:
+                    self._tick()
+                    next_tick = time.monotonic() + _TICK_SECONDS
         finally:
             self._listener.close()
 

@@ -5,6 +5,7 @@ A challenge is spent first. Then the evidence picks the row by its HOST_DATA, an
 root and that row's own list of launch digests, over this challenge and this key. Anything that is wrong is a no.
 The caller learns one word for everything that concerns authenticity; the audit trail has the check that failed. Only
 a genuine report with a digest that is not on the list is told apart, because its owner must be able to act on it.
+What is granted has a line in the trail each time; what strangers can repeat at will is counted (`svsm.broker.tally`).
 
 The key leaves only as a JWE to the attested key, beside a token that the kernel verifies against the key pinned in
 its image (svsm.formats.release_token has the claims).
@@ -22,6 +23,7 @@ from svsm.broker.audit import AuditLine, verify_chain
 from svsm.broker.keyfiles import private_directory, read_or_create
 from svsm.broker.sessions import CHALLENGE_BYTES, BrokerChannel, Limits, Sessions
 from svsm.broker.store import Store, Volume
+from svsm.broker.tally import Kind, Tally
 from svsm.broker.vault import Vault, new_vault_key
 from svsm.broker.verifier import ReportPolicy, Roots, Verdict, verify_evidence
 from svsm.crypto import binding, jwe
@@ -69,6 +71,7 @@ class Broker:
         self._vault = vault
         self._signing_key = signing_key
         self._sessions = Sessions(limits)
+        self._tally = Tally(store, now=now, clock=clock)
         self._now = now
         self._clock = clock
 
@@ -109,8 +112,19 @@ class Broker:
         )
 
     def close(self) -> None:
-        """Close the database."""
-        self._store.close()
+        """Write what is still only counted, and close the database."""
+        try:
+            self._tally.flush(everything=True)
+        finally:
+            self._store.close()
+
+    def flush_audit(self) -> None:
+        """Write the counts whose minute is over; whoever serves the broker calls it every few seconds.
+
+        Raises:
+            BackendError: ``broker-database``; what could not be written is still counted.
+        """
+        self._tally.flush()
 
     @property
     def public_key(self) -> bytes:
@@ -236,11 +250,7 @@ class Broker:
     # --- the wire's side --------------------------------------------------------------------------------------
 
     def challenge(self) -> tuple[bytes, bytes]:
-        """A session (16 bytes) and its challenge (32 bytes).
-
-        Raises:
-            PolicyError: ``broker-busy``.
-        """
+        """A session (16 bytes) and its challenge (32 bytes); nothing is kept of them."""
         return self._sessions.challenge(self._clock())
 
     def attest(self, session: bytes, body: bytes) -> str:
@@ -255,7 +265,7 @@ class Broker:
 
         Raises:
             ProtocolError: ``broker-session-unknown`` or ``broker-challenge-used``.
-            PolicyError: ``broker-evidence-refused`` or ``broker-measurement-not-allowed``.
+            PolicyError: ``broker-evidence-refused``, ``broker-measurement-not-allowed`` or ``broker-busy``.
             FormatError, ProtocolError: ``json-*``, ``kbs-*``, the request itself.
         """
         request: AttestRequest | None = None
@@ -271,16 +281,7 @@ class Broker:
                 volume.volume_id, session=session, measurement=report.measurement, details=_details(verdict)
             )
         except SvsmError as refusal:
-            if refusal.code == "broker-session-unknown":
-                # Whoever knows no session must not be able to fill the trail.
-                raise
-            self._store.record(
-                "attest",
-                reason=refusal.code,
-                volume_id=None if volume is None else volume.volume_id,
-                session=session,
-                details={"detail": str(refusal)[:400], **({} if verdict is None else _details(verdict))},
-            )
+            self._refused(refusal, session, volume, verdict)
             if request is None:
                 raise
             raise _told(refusal, verdict) from None
@@ -292,9 +293,13 @@ class Broker:
         Raises:
             ProtocolError: ``broker-session-unknown`` or ``broker-not-attested``.
         """
-        volume_id, secret = self._sessions.secret(session, self._clock())
-        self._store.record("release", reason=None, volume_id=volume_id, session=session, details={})
-        return secret
+        release = self._sessions.release(session, self._clock())
+        if release.recorded:
+            self._tally.again(Kind("release", None, release.volume_id))
+        else:
+            self._store.record("release", reason=None, volume_id=release.volume_id, session=session, details={})
+            release.recorded = True
+        return release.secret
 
     def channel(self, session: bytes, frame: bytes) -> bytes:
         """One message of the run-time channel.
@@ -315,9 +320,7 @@ class Broker:
             try:
                 sequence, plaintext = channel.opener.open(frame)
             except SvsmError as forged:
-                self._store.record(
-                    "channel", reason=forged.code, volume_id=channel.volume_id, session=session, details={}
-                )
+                self._tally.signed(Kind("channel", forged.code, channel.volume_id), session=session, details={})
                 raise PolicyError("the message is refused", code="broker-channel-refused") from None
             _, sealed = channel.sealer.seal(self._answer(channel, sequence, plaintext))
             return sealed
@@ -328,10 +331,8 @@ class Broker:
         except FormatError as error:
             return Refused(reply_to=sequence, reason=error.code).pack()
         if message.session != channel.session:
-            self._store.record(
-                "formatted",
-                reason="broker-other-session",
-                volume_id=channel.volume_id,
+            self._tally.signed(
+                Kind("formatted", "broker-other-session", channel.volume_id),
                 session=channel.session,
                 details={"claimed": message.session.hex()},
             )
@@ -344,6 +345,15 @@ class Broker:
         return FormattedAcknowledged(
             reply_to=sequence, session=message.session, counter=message.counter, root=message.root
         ).pack()
+
+    def _refused(self, refusal: SvsmError, session: bytes, volume: Volume | None, verdict: Verdict | None) -> None:
+        """Into the trail: as a line, or counted where strangers could repeat it without end."""
+        volume_id = None if volume is None else volume.volume_id
+        details = {"detail": str(refusal)[:400], **({} if verdict is None else _details(verdict))}
+        if verdict is not None and verdict.authentic:
+            self._tally.signed(Kind("attest", refusal.code, volume_id), session=session, details=details)
+        else:
+            self._tally.unsigned("attest", refusal.code, session=session, claimed=volume_id, details=details)
 
     def _row_of(self, request: AttestRequest, challenge: bytes) -> Volume:
         """The row that the evidence claims; what follows decides whether rightly."""

@@ -239,7 +239,9 @@ def _audit(arguments: argparse.Namespace) -> int:
         words = [line.at, line.event, line.decision, line.reason or "", line.volume_id or ""]
         details = " ".join(f"{name}={value}" for name, value in line.details.items())
         print(" ".join(word for word in [*words, details] if word))
-    print(f"{len(lines)} lines, chain intact", file=sys.stderr)
+    counted = sum(line.decisions for line in lines if "count" in line.details)
+    more = f" ({counted} decisions are only counted)" if counted else ""
+    print(f"{len(lines)} lines, chain intact{more}", file=sys.stderr)
     return 0
 
 

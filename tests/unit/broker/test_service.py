@@ -334,18 +334,35 @@ def test_challenges_and_secrets_expire(desk: Desk) -> None:
     assert later.request("GET", kbs.DEFAULT_RESOURCE_PATH, b"").status == 401
 
 
-def test_open_sessions_are_bounded_and_come_back() -> None:
-    sessions = Sessions(Limits(sessions=3))
-    for _ in range(3):
-        sessions.challenge(0.0)
-    with pytest.raises(PolicyError) as busy:
-        sessions.challenge(1.0)
-    assert busy.value.code == "broker-busy"
-    session, challenge = sessions.challenge(61.0)
+def test_challenges_are_given_without_end_and_answered_within_bounds() -> None:
+    sessions = Sessions(Limits(sessions=4096))
+    first, _ = sessions.challenge(0.0)
+    for _ in range(4096):
+        session, challenge = sessions.challenge(0.0)
     assert (len(session), len(challenge)) == (16, 32)
-    assert sessions.spend(session, 62.0) == challenge
+    sessions.spend(first, 1.0)
+    with pytest.raises(PolicyError) as busy:
+        sessions.spend(session, 1.0)
+    assert busy.value.code == "broker-busy"
     with pytest.raises(ProtocolError):
-        sessions.spend(session, 62.0)
+        sessions.spend(first, 1.0)
+    session, challenge = sessions.challenge(61.0)
+    assert sessions.spend(session, 62.0) == challenge
+
+
+def test_a_broker_that_was_answered_too_often_says_so(tmp_path: Path) -> None:
+    broker = Broker.open(tmp_path / "b", limits=Limits(sessions=1))
+    first, _ = broker.challenge()
+    for _ in range(4096):
+        last, _ = broker.challenge()
+    app = BrokerApp(broker)
+    statuses = [
+        app(Request("POST", kbs.ATTEST_PATH, f"kbs-session-id={session.hex()}", b"{}")).status
+        for session in (first, last, first)
+    ]
+    assert statuses == [400, 429, 409]
+    assert [line.reason for line in broker.audit_trail()][1:] == ["broker-busy", "broker-challenge-used"]
+    broker.close()
 
 
 def test_channels_per_volume_are_bounded(desk: Desk) -> None:
