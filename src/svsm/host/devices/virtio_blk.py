@@ -84,9 +84,13 @@ class BlkBackend:
     def __init__(self, descriptor: int, options: BlkOptions) -> None:
         self._descriptor = descriptor
         self.options = options
-        self.capacity = os.fstat(descriptor).st_size // SECTOR_BYTES
+        self.measure()
         self.features = 0
         self.flushes = 0
+
+    def measure(self) -> None:
+        """Take the capacity from the file."""
+        self.capacity = os.fstat(self._descriptor).st_size // SECTOR_BYTES
 
     def configuration(self) -> bytes:
         """The configuration space."""

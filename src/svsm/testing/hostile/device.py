@@ -36,13 +36,17 @@ class HostileBlk(MmioBlk):
     """
 
     def __init__(self, backend: BlkBackend, window: Window) -> None:
-        self.be_honest()
+        self._forget()
         self.reads: dict[int, int] = {}
         self.resets = 0
         super().__init__(backend, window)
 
     def be_honest(self) -> None:
-        """Forget all hooks."""
+        """Forget all hooks, and a capacity that was a lie."""
+        self._forget()
+        self.backend.measure()
+
+    def _forget(self) -> None:
         self.on_read: ReadHook | None = None
         self.on_complete: CompleteHook | None = None
         self.on_finished: Callable[[DeviceRing], None] | None = None

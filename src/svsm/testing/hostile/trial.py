@@ -194,11 +194,13 @@ class Trial:
             _demand(clock.now < 1000.0 + _LONGEST_SECONDS, "it took too long")
 
     def write(self, offset: int, data: bytes) -> None:
-        """A write whose data lies between canaries; the model follows if it succeeds, else the range is unknown."""
+        """A write whose data lies between canaries; if it fails, the range holds what the file says (old or new)."""
         around = bytearray(CANARY + data + CANARY)
         view = memoryview(around)[len(CANARY) : len(CANARY) + len(data)]
         if self.attempt(lambda: self.driver.write([(offset, view)])):
             self.content[offset : offset + len(data)] = data
+        else:
+            self.content[offset : offset + len(data)] = self.machine.content(offset, len(data))
 
     def read(self, offset: int, length: int, *, count: int = 1) -> None:
         """Read the same range `count` times at once; a result that is not an error is right."""
@@ -222,14 +224,18 @@ class Trial:
         self.attempt(driver.flush)
         self.attempt(driver.get_id)
         if size:
-            if self.attempt(lambda: driver.discard([(64 * block, 16 * block)])) and driver.geometry.discard:
-                self.content[64 * block : 80 * block] = bytes(16 * block)
+            start, end = 64 * block, 80 * block
+            if not self.attempt(lambda: driver.discard([(start, end - start)])):
+                self.content[start:end] = self.machine.content(start, end - start)
+            elif driver.geometry.discard:
+                self.content[start:end] = bytes(end - start)
             self.read(64 * block, 16 * block)
         self.attempt(driver.poll)
-        self._refuses(size, block)
+        self._refuses(block)
 
-    def _refuses(self, size: int, block: int) -> None:
+    def _refuses(self, block: int) -> None:
         """What is refused must not reach shared memory either."""
+        size = self.driver.size_bytes  # it may have grown meanwhile
         poison = CANARY * (block // len(CANARY) + 1)
         self.attempt(lambda: self.driver.write([(0, bytes(block)), (size + block, poison[:block])]))
         _demand(self.errors[-1].code in ("block-range", "block-read-only", "block-alignment"), "a write beyond the end")

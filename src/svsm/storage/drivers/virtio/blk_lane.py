@@ -77,8 +77,7 @@ class Lane:
         self._headers = [(control + slot * _CONTROL_BYTES) // 8 for slot in range(slots)]
         self._statuses = [control + slot * _CONTROL_BYTES + _STATUS_OFFSET for slot in range(slots)]
         self._data = [
-            memory.allocate(shape.large_bytes if slot < large else shape.small_bytes, align=512)
-            for slot in range(slots)
+            self._buffer(memory, shape.large_bytes if slot < large else shape.small_bytes) for slot in range(slots)
         ]
         self._owners = [0] * slots
         self._expected = [0] * slots
@@ -86,6 +85,11 @@ class Lane:
         self._zeros = bytes(shape.small_bytes)
         for slot in range(slots):
             self._prepare(slot)
+
+    @staticmethod
+    def _buffer(memory: DmaMemory, length: int) -> int:
+        """On a page where that costs nothing: a device that does direct I/O would copy what is not."""
+        return memory.allocate(length, align=PAGE_BYTES if length % PAGE_BYTES == 0 else 512)
 
     def _prepare(self, slot: int) -> None:
         address = self._memory.device_address

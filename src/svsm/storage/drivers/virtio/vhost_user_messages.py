@@ -81,8 +81,8 @@ def judge_header(data: bytes, request: Request, payload_bytes: int) -> int:
     header = MessageHeader.parse(data)
     if header.request != request:
         raise _bad(request, "answers something else", expected=request, got=header.request)
-    # NEED_REPLY means nothing in a reply; libraries echo it from the request.
-    flags = header.flags & ~HeaderFlag.NEED_REPLY
+    # NEED_REPLY means nothing in a reply; libraries echo it from the request. (`~` of the enum would drop other bits.)
+    flags = header.flags & ~int(HeaderFlag.NEED_REPLY)
     if flags != VERSION | HeaderFlag.REPLY:
         raise _bad(request, "has the wrong version or flags", expected=VERSION | HeaderFlag.REPLY, got=header.flags)
     if header.size != payload_bytes and not (request is Request.GET_CONFIG and not header.size):
