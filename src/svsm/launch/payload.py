@@ -14,7 +14,6 @@ inputs give the same bytes wherever and by whomever it is built, and anybody can
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import io
 import os
@@ -30,7 +29,7 @@ from svsm.launch.payload_elf import GLIBC, find_library, read_elf
 from svsm.launch.payload_manifest import Listed, Load, Manifest, RoleManifest
 from svsm.launch.payload_modules import Module, ModuleCache, Modules, default_cache
 
-__all__ = ["ENTRIES", "LIBRARIES", "LOADER", "Payload", "build_payload", "tcb_table"]
+__all__ = ["ENTRIES", "LIBRARIES", "LOADER", "LOADER_NEEDS", "Payload", "build_payload"]
 
 ENTRIES: Mapping[str, str] = {"kernel": "svsm.kernel.boot:main", "vtpm": "svsm.services.vtpm:main"}
 """Role to ``module:function``."""
@@ -40,7 +39,8 @@ LIBRARIES: Mapping[str, tuple[str, ...]] = {"vtpm": ("libtpms.so.0",)}
 
 LOADER = Path(svsm.__file__).parent / "kernel" / "loader.py"
 
-_LOADER_NEEDS = ("svsm.confine", "svsm.confine.callbacks", "svsm.confine.context", "ctypes", "fcntl", "json")
+LOADER_NEEDS = ("svsm.confine", "svsm.confine.callbacks", "svsm.confine.context", "ctypes", "fcntl", "json")
+"""What the loader itself imports once it serves imports."""
 _ALWAYS = ("traceback", "encodings.ascii", "encodings.latin_1", "encodings.utf_8", "encodings.aliases", "_hashlib")
 _MEASURED_CRYPTO = "libcrypto.so.3"
 _SLOTS = "native/callback-slots"
@@ -75,7 +75,7 @@ class _Builder:
         self.objects[name] = hashlib.sha256(data).hexdigest()
 
     def add_role(self, role: str, entry: str, libraries: Sequence[str]) -> RoleManifest:
-        closure = self.modules.closure([entry.partition(":")[0], *_LOADER_NEEDS, *_ALWAYS])
+        closure = self.modules.closure([entry.partition(":")[0], *LOADER_NEEDS, *_ALWAYS])
         loads: list[Load] = []
         if self._measured_crypto(closure):
             self._library(_MEASURED_CRYPTO, (), "", loads)
@@ -215,63 +215,3 @@ def _archive(members: Mapping[str, bytes]) -> bytes:
             info.external_attr = 0o100444 << 16
             archive.writestr(info, data)
     return output.getvalue()
-
-
-@functools.cache
-def _line_count(path: str) -> int:
-    """Lines, rounded up to full fifties: what grows shows, not every touch."""
-    return -(-_read(path).count(b"\n") // 50) * 50
-
-
-def tcb_table() -> str:
-    """docs/TCB.md: what runs inside the confidential VM, with sizes. Machine-dependent hashes are left out."""
-    payload = build_payload()
-    compiled = ModuleCache(default_cache())
-    modules = Modules([str(Path(svsm.__file__).parent.parent)], compiled)
-    names: dict[str, list[str]] = {}
-    for role, entry in sorted(ENTRIES.items()):
-        for name in modules.closure([entry.partition(":")[0], *_LOADER_NEEDS]):
-            if name.partition(".")[0] == "svsm":
-                names.setdefault(name, []).append(role)
-    lines = [
-        "# What is measured and trusted",
-        "",
-        "Written by `python -m svsm.launch.payload`; a test fails when it differs from the code.",
-        "All of it is in measured pages: changing one byte changes the launch digest.",
-        "Lines are rounded up to full fifties.",
-        "",
-        "## svsm's own modules",
-        "",
-        "| module | lines | runs in |",
-        "|---|---:|---|",
-    ]
-    total = _line_count(str(LOADER))
-    lines.append(f"| the loader (`svsm/kernel/loader.py`) | {total} | all |")
-    for name, roles in sorted(names.items()):
-        module = modules.find(name)
-        count = _line_count(module.path) if module is not None else 0
-        total += count
-        lines.append(f"| `{name}` | {count} | {', '.join(roles)} |")
-    lines += [f"| **total** | **{total}** | |", ""]
-    return "\n".join(lines + _foreign(payload.manifest)) + "\n"
-
-
-def _foreign(manifest: Manifest) -> list[str]:
-    lines = [
-        "## Foreign code in the payload",
-        "",
-        "Shared objects, from the packages that `docs/DEPENDENCIES.md` names:",
-        "",
-    ]
-    lines += [f"- `{name.removeprefix('native/')}`" for name in sorted(manifest.objects)]
-    lines += ["", "Standard library modules whose code is in the payload (sources checked by hash at start):", ""]
-    lines.append(", ".join(f"`{name}`" for name in sorted(manifest.sources)) + ".")
-    lines += ["", "## Outside the payload, checked by hash at start", ""]
-    lines += ["The interpreter binary and libpython, the C library's objects, and these compiled standard modules with"]
-    lines += ["what they link to:", ""]
-    lines.append(", ".join(f"`{name}`" for name in sorted(manifest.extensions)) + ".")
-    return lines
-
-
-if __name__ == "__main__":
-    sys.stdout.write(tcb_table())

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
+import json
 import marshal
 import os
 import random
@@ -18,8 +20,14 @@ from pathlib import Path
 
 import pytest
 
+from svsm.cli.main import main
+from svsm.cli.supervisor.release import Release
 from svsm.formats.errors import BackendError, FormatError, SvsmError
+from svsm.formats.igvm import IgvmFile
+from svsm.formats.settings import Settings
 from svsm.launch import payload as payload_module
+from svsm.launch.build import build_image
+from svsm.launch.digest import payload_digest
 from svsm.launch.payload import Payload, build_payload
 from svsm.launch.payload_elf import find_library, read_elf
 from svsm.launch.payload_manifest import Manifest
@@ -291,12 +299,28 @@ def test_the_list_of_trusted_code_shows_a_single_changed_byte(monkeypatch: pytes
 
     def changed(self: Modules, module: Module) -> bytes:
         data = whole(self, module)
-        return data.replace(b"#", b"%", 1) if module.name == "svsm.kernel.boot" else data
+        return data.replace(b"SPDX", b"SPDY", 1) if module.name == "svsm.kernel.boot" else data
 
     monkeypatch.setattr(Modules, "source", changed)
     after = tcb_table().splitlines()
     (line,) = (new for old, new in zip(before, after, strict=True) if old != new)
     assert line.startswith("| `svsm.kernel.boot` |")
+
+
+def test_a_releases_entry_has_the_digest_of_every_owners_image(
+    built: Payload, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["tcb", "--release"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    entry = json.loads(line)
+    for key in (b"one owner's key", b"another's"):
+        image = build_image(loader=built.loader, archive=built.archive, settings=Settings(key).pack())
+        assert entry["payload_digest"] == payload_digest(IgvmFile.parse(image)).hex()
+    assert entry["environment"]["python"] == built.manifest.python
+    other = dataclasses.replace(built.manifest, libraries={**built.manifest.libraries, "libc.so.6": "0" * 64})
+    changed = Release.of(dataclasses.replace(built, manifest=other), entry["payload_digest"])
+    assert changed.environment != entry["environment"]["digest"]
+    assert changed.code == entry["code"]
 
 
 def test_versions_are_known_for_what_the_manifest_names_by_hash(built: Payload) -> None:
