@@ -159,6 +159,42 @@ def test_a_changed_environment_is_refused_and_named() -> None:
         assert named in first["message"]
 
 
+def without(payload: Payload, *names: str, manifest: bytes) -> Payload:
+    """The payload without members of its archive, and with that manifest."""
+    output = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(payload.archive)) as old, zipfile.ZipFile(output, "w") as new:
+        for info in old.infolist():
+            if info.filename not in names:
+                new.writestr(info, manifest if info.filename == "manifest" else old.read(info))
+    return dataclasses.replace(payload, archive=output.getvalue())
+
+
+def test_a_module_that_the_payload_does_not_have_is_refused() -> None:
+    """The interpreter has loaded it from its own folder before the loader's text ran."""
+    payload = probe_payload()
+    first = refusal(without(payload, "code/encodings/aliases.pyc", manifest=payload.manifest.pack()))
+    assert (first["event"], first["code"]) == ("refused", "payload-mapping")
+    assert "module encodings.aliases comes from " in first["message"]
+
+
+def test_code_that_an_object_brings_along_is_refused() -> None:
+    """A manifest without one line: the system's library would be loaded for it. Landlock denies that already; where
+    there is none, the look at the mappings must find it."""
+    payload = probe_payload()
+    name = "native/libgcc_s.so.1"
+    lines = payload.manifest.pack().splitlines(keepends=True)
+    kept = b"".join(line for line in lines if name.encode() not in line.split())
+    assert kept.count(b"\n") < len(lines)
+    image = without(payload, name, manifest=kept)
+    denied = refusal(image)
+    assert denied["event"] == "failed"
+    assert denied["error"] == "ImportError"
+    with kernel(image, cap=0) as probe:
+        found = probe.first
+    assert (found["event"], found["code"]) == ("refused", "payload-mapping")
+    assert "libgcc_s.so.1" in found["message"]
+
+
 def test_a_damaged_archive_is_refused() -> None:
     payload = probe_payload()
     first = refusal(dataclasses.replace(payload, archive=payload.archive[:-1]))
