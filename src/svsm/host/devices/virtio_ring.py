@@ -27,6 +27,9 @@ from svsm.formats.virtio import (
 
 __all__ = ["Chain", "DevicePackedRing", "DeviceRing", "DeviceSplitRing", "Part", "Window"]
 
+# Plain numbers: the operators of enumerations cost more than the rest of a ring.
+_NEXT, _WRITE, _INDIRECT = int(DescriptorFlag.NEXT), int(DescriptorFlag.WRITE), int(DescriptorFlag.INDIRECT)
+_AVAIL, _USED = int(DescriptorFlag.AVAIL), int(DescriptorFlag.USED)
 _MASK_16 = 0xFFFF
 _WRAP_BIT = 1 << 15
 _FENCE = threading.Lock()
@@ -171,14 +174,14 @@ class DeviceSplitRing(DeviceRing):
             else:
                 at = self.addresses.descriptors + position * SplitDescriptor.SIZE
                 entry = SplitDescriptor.parse(self.window.take(at, SplitDescriptor.SIZE))
-            if entry.flags & DescriptorFlag.INDIRECT:
-                if indirect or entry.flags & DescriptorFlag.NEXT:
+            if entry.flags & _INDIRECT:
+                if indirect or entry.flags & _NEXT:
                     raise _bad("an indirect table in the wrong place", position)
                 table = self._indirect(entry.address, entry.length)
                 position, indirect, limit = 0, True, len(table) // SplitDescriptor.SIZE
                 continue
             parts.append(_part(self.window, parts, entry.address, entry.length, entry.flags))
-            if not entry.flags & DescriptorFlag.NEXT:
+            if not entry.flags & _NEXT:
                 return parts
             position = entry.next
         raise _bad("a chain without end", head)
@@ -241,7 +244,7 @@ class DevicePackedRing(DeviceRing):
 
     def _available_at(self, position: int, wrap: bool) -> bool:
         flags = self._flags[8 * position + 7]
-        return bool(flags & DescriptorFlag.AVAIL) == wrap and bool(flags & DescriptorFlag.USED) != wrap
+        return bool(flags & _AVAIL) == wrap and bool(flags & _USED) != wrap
 
     def _entry(self, position: int) -> PackedDescriptor:
         at = self.addresses.descriptors + position * PackedDescriptor.SIZE
@@ -258,12 +261,12 @@ class DevicePackedRing(DeviceRing):
             position += 1
             if position == self.size:
                 position, wrap = 0, not wrap
-            if entry.flags & DescriptorFlag.INDIRECT:
+            if entry.flags & _INDIRECT:
                 for inner in PackedDescriptor.iter_parse(self._indirect(entry.address, entry.length)):
                     parts.append(_part(self.window, parts, inner.address, inner.length, inner.flags))
             else:
                 parts.append(_part(self.window, parts, entry.address, entry.length, entry.flags))
-            if not entry.flags & DescriptorFlag.NEXT:
+            if not entry.flags & _NEXT:
                 self.next_available, self.available_wrap = position, wrap
                 return Chain(entry.id, entries, tuple(parts))
         raise _bad("a chain without end", self.next_available)
@@ -278,7 +281,7 @@ class DevicePackedRing(DeviceRing):
         at = self.next_used
         descriptor = PackedDescriptor(0, length, identifier & _MASK_16, 0).pack()
         self.window.put(self.addresses.descriptors + at * PackedDescriptor.SIZE + 8, descriptor[8:14])
-        self._flags[8 * at + 7] = int(DescriptorFlag.AVAIL | DescriptorFlag.USED) if wrap else 0
+        self._flags[8 * at + 7] = _AVAIL | _USED if wrap else 0
 
     def skip(self, entries: int) -> None:
         """Move on by the length of a chain."""
@@ -319,7 +322,7 @@ class DevicePackedRing(DeviceRing):
 
 
 def _part(window: Window, before: list[Part], address: int, length: int, flags: int) -> Part:
-    device_writes = bool(flags & DescriptorFlag.WRITE)
+    device_writes = bool(flags & _WRITE)
     window.offset(address, length)
     if not length:
         raise _bad("an empty buffer")
