@@ -165,7 +165,7 @@ def minimised(target: Target, data: bytes, *, seconds: float = 30.0) -> tuple[by
         simpler = data[:at] + b"\0" + data[at + 1 :]
         if data[at] and same(simpler):
             data = simpler
-    return data, finding
+    return data, _finding(target, data) or finding
 
 
 def _finding(target: Target, data: bytes) -> Finding | None:

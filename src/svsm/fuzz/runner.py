@@ -65,7 +65,15 @@ def choose_engine(wanted: str) -> str:
 
 
 def run_target(
-    name: str, *, engine: str, corpus: Path, extra: list[Path], findings: Path, seconds: float, seed: int
+    name: str,
+    *,
+    engine: str,
+    corpus: Path,
+    extra: list[Path],
+    findings: Path,
+    seconds: float,
+    seed: int,
+    registry: str = "svsm.fuzz.targets",
 ) -> Summary:
     """Fuzz one target.
 
@@ -77,6 +85,7 @@ def run_target(
         findings: Folder for reproducers; made where it is missing.
         seconds: Time for the search itself.
         seed: Of the random choices.
+        registry: The module whose `find` gives the target, for targets of other programs.
 
     Raises:
         BackendError: ``fuzz-worker`` when the worker ended without a summary and without a finding.
@@ -85,6 +94,7 @@ def run_target(
     findings.mkdir(parents=True, exist_ok=True)
     before = _count(corpus)
     order: dict[str, Any] = {
+        "registry": registry,
         "target": name,
         "engine": engine,
         "corpus": str(corpus),
@@ -95,7 +105,7 @@ def run_target(
     }
     done = _work(order, timeout=seconds + _GRACE_SECONDS)
     executions, coverage = _figures(engine, done)
-    reproducers = _minimise(name, findings)
+    reproducers = _minimise(registry, name, findings)
     if done.returncode and not reproducers:
         tail = done.stderr[-400:].decode("utf-8", "replace").strip()
         raise BackendError(
@@ -129,10 +139,16 @@ def _figures(engine: str, done: subprocess.CompletedProcess[bytes]) -> tuple[int
     return int(executed[-1]) if executed else 0, int(covered[-1]) if covered else 0
 
 
-def _minimise(name: str, findings: Path) -> tuple[Reproducer, ...]:
+def _minimise(registry: str, name: str, findings: Path) -> tuple[Reproducer, ...]:
     found = []
     for path in sorted(path for path in findings.iterdir() if path.is_file() and path.suffix != ".txt"):
-        order = {"target": name, "findings": str(findings), "minimise": str(path), "seconds": _MINIMISE_SECONDS}
+        order = {
+            "registry": registry,
+            "target": name,
+            "findings": str(findings),
+            "minimise": str(path),
+            "seconds": _MINIMISE_SECONDS,
+        }
         done = _work(order, timeout=2 * _MINIMISE_SECONDS + _GRACE_SECONDS)
         try:
             answer = json.loads(done.stdout.splitlines()[-1])

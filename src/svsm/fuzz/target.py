@@ -148,11 +148,13 @@ def _signature(error: BaseException) -> str:
 
 
 def _place(trace: TracebackType | None) -> str:
-    """File and line of the innermost frame in our code that is not this module's."""
-    place = "?"
+    """Module and line of the innermost frame in our code that is not this module's; of any code where there is none."""
+    place = other = "?"
     while trace is not None:
         name = trace.tb_frame.f_globals.get("__name__", "")
         if name.startswith("svsm.") and name != __name__:
             place = f"{name}:{trace.tb_lineno}"
+        elif name != __name__:
+            other = f"{name}:{trace.tb_lineno}"
         trace = trace.tb_next
-    return place
+    return other if place == "?" else place

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import resource
@@ -47,9 +48,9 @@ def write_finding(folder: Path, finding: Finding, data: bytes) -> Path:
 def main() -> int:
     """Do what the JSON object in argv[1] says.
 
-    ``target`` and ``findings`` (a folder) always; ``minimise`` (a file) or else ``engine``, ``corpus`` (a folder),
-    ``extra`` (folders that are only read), ``seconds``, ``seed``. The last line on stdout is a JSON object, except with
-    atheris, whose own statistics are on stderr.
+    Always: ``registry`` (the module whose `find` knows the target), ``target``, ``findings`` (a folder), ``seconds``.
+    To minimise: ``minimise`` (a file). To fuzz: ``engine``, ``corpus`` (a folder), ``extra`` (folders that are only
+    read), ``seed``. The last line on stdout is a JSON object, except with atheris, whose statistics are on stderr.
     """
     order: dict[str, Any] = json.loads(sys.argv[1])
     if order.get("minimise"):
@@ -59,10 +60,9 @@ def main() -> int:
     return _builtin(order)
 
 
-def _target(name: str) -> Target:
-    from svsm.fuzz.targets import find
-
-    return find(name)
+def _target(order: dict[str, Any]) -> Target:
+    target: Target = importlib.import_module(order["registry"]).find(order["target"])
+    return target
 
 
 def _limit_memory() -> None:
@@ -103,7 +103,7 @@ def _builtin(order: dict[str, Any]) -> int:
     from svsm.fuzz.builtin import fuzz
 
     _limit_memory()
-    target = _watched(_target(order["target"]))
+    target = _watched(_target(order))
     findings, corpus = Path(order["findings"]), Path(order["corpus"])
 
     def keep(finding: Finding, data: bytes) -> None:
@@ -126,7 +126,7 @@ def _minimise(order: dict[str, Any]) -> int:
     from svsm.fuzz.builtin import minimised
 
     _limit_memory()
-    target = _watched(_target(order["target"]))
+    target = _watched(_target(order))
     path = Path(order["minimise"])
     data, finding = minimised(target, path.read_bytes(), seconds=order["seconds"])
     written = None
@@ -141,8 +141,8 @@ def _minimise(order: dict[str, Any]) -> int:
 def _atheris(order: dict[str, Any]) -> int:
     import atheris
 
-    with atheris.instrument_imports(include=["svsm", "h11"]):
-        target = _target(order["target"])
+    with atheris.instrument_imports(include=["svsm", "h11", order["registry"].partition(".")[0]]):
+        target = _target(order)
         from svsm.fuzz.target import Finding, execute
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

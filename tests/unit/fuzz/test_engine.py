@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from svsm.cli.main import main
-from svsm.formats.errors import FormatError, StateError, SvsmError
+from svsm.formats.errors import BackendError, FormatError, StateError, SvsmError
 from svsm.fuzz.builtin import fuzz, minimised
 from svsm.fuzz.choices import Choices
 from svsm.fuzz.distil import distilled
@@ -152,6 +152,69 @@ def test_a_run_in_its_own_process_continues_from_its_corpus(tmp_path: Path) -> N
     assert again.findings == ()
 
 
+_HERE = importlib.util.find_spec("atheris") is not None
+_ENGINES = ["builtin", pytest.param("atheris", marks=pytest.mark.skipif(not _HERE, reason="atheris is not installed"))]
+
+
+@pytest.mark.parametrize("engine", _ENGINES)
+def test_a_defect_becomes_a_minimised_reproducer(engine: str, tmp_path: Path) -> None:
+    done = run_target(
+        "raises",
+        engine=engine,
+        corpus=tmp_path / "c",
+        extra=[],
+        findings=tmp_path / "f",
+        seconds=2,
+        seed=1,
+        registry="tests.unit.fuzz.defective",
+    )
+    (found,) = done.findings
+    assert found.signature.startswith("KeyError at ")
+    data = Path(found.file).read_bytes()
+    assert (len(data), data[:3], data[3] > 0x7F) == (4, b"BU\0", True)
+    assert "KeyError: 0" in Path(f"{found.file}.txt").read_text()
+    assert sorted(path.name for path in (tmp_path / "f").iterdir()) == [
+        Path(found.file).name,
+        f"{Path(found.file).name}.txt",
+    ]
+
+
+def test_a_process_that_dies_is_no_success(tmp_path: Path) -> None:
+    with pytest.raises(BackendError) as caught:
+        run_target(
+            "dies",
+            engine="builtin",
+            corpus=tmp_path / "c",
+            extra=[],
+            findings=tmp_path / "f",
+            seconds=1,
+            seed=1,
+            registry="tests.unit.fuzz.defective",
+        )
+    assert (caught.value.code, caught.value.details["status"]) == ("fuzz-worker", 7)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("engine", _ENGINES)
+def test_an_input_that_blocks_is_a_finding(engine: str, tmp_path: Path) -> None:
+    (tmp_path / "extra").mkdir()
+    (tmp_path / "extra" / "one").write_bytes(b"Hxx")
+    done = run_target(
+        "hangs",
+        engine=engine,
+        corpus=tmp_path / "c",
+        extra=[tmp_path / "extra"],
+        findings=tmp_path / "f",
+        seconds=2,
+        seed=1,
+        registry="tests.unit.fuzz.defective",
+    )
+    (found,) = done.findings
+    assert found.signature.startswith("TimeLimit at ")
+    assert Path(found.file).read_bytes() == b"H"
+
+
+@pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="atheris is not installed")
 def test_atheris_sees_coverage(tmp_path: Path) -> None:
     done = run_target(
