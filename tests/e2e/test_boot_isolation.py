@@ -193,6 +193,7 @@ def test_a_clients_connection_is_its_tpms_alone(system: list[Seen]) -> None:
     assert settled(system, table, {}) == {}
 
 
+@pytest.mark.long
 def test_while_it_attests_the_kernel_alone_holds_the_serial_line(place: Path) -> None:
     """A proxy that says nothing: the kernel waits, and everybody holds at most what the table says."""
     table = design_table("descriptor")
