@@ -104,6 +104,36 @@ def test_what_is_refused(words: list[str], code: str, state: str, capsys: pytest
     assert f"[{code}]" in capsys.readouterr().err
 
 
+def test_what_is_only_counted_is_written_when_the_broker_ends(state: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Garbage costs one line; the rest is a number, on disk when the broker is told to end."""
+    codes = set()
+    with subprocess.Popen(
+        [sys.executable, "-m", "svsm.cli.main", "broker", "serve", "--state", state], stdout=subprocess.PIPE, text=True
+    ) as serving:
+        try:
+            assert serving.stdout is not None
+            host, _, port = serving.stdout.readline().strip().removeprefix("http://").partition(":")
+            client = http.client.HTTPConnection(host, int(port), timeout=10)
+            for _ in range(20):
+                client.request("POST", "/kbs/v0/auth", b'{"version":"0.4.0","tee":"snp","extra-params":""}')
+                answer = client.getresponse()
+                cookie = str(answer.headers["Set-Cookie"]).partition(";")[0]
+                answer.read()
+                client.request("POST", "/kbs/v0/attest", b"{}", headers={"Cookie": cookie})
+                codes.add(json.loads(client.getresponse().read())["code"])
+            client.close()
+            assert svsm("audit", "--state", state, "--json") == 0
+            assert len(json.loads(capsys.readouterr().out)["lines"]) == 1
+        finally:
+            serving.terminate()
+        assert serving.wait(timeout=10) == 0
+    assert codes == {"json-member-missing"}
+    assert svsm("audit", "--state", state) == 0
+    shown = capsys.readouterr()
+    assert "attest refused json-member-missing count=19 since=20" in shown.out
+    assert "2 lines, chain intact (19 decisions are only counted)" in shown.err
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a broker a user of its own")
 def test_root_works_on_the_state_of_a_broker_that_has_its_own_user(tmp_path: Path) -> None:
     """As `svsm boot` leaves it: the folder is the role's, the folders above are root's and closed."""
