@@ -15,7 +15,15 @@ import sys
 import time
 from collections.abc import Callable
 
-from tests.bench import bench_boot, bench_cocoonfs, bench_digest, bench_memory, bench_vtpm, guest_exits
+from tests.bench import (
+    bench_boot,
+    bench_cocoonfs,
+    bench_digest,
+    bench_memory,
+    bench_virtio_driver,
+    bench_vtpm,
+    guest_exits,
+)
 from tests.bench.report import Result, circumstances, table, write
 
 __all__ = ["BENCHES", "main"]
@@ -27,6 +35,7 @@ BENCHES: dict[str, Callable[[], Result]] = {
     "guest": guest_exits.bench,
     "boot": bench_boot.bench,
     "memory": bench_memory.bench,
+    "virtio-driver": bench_virtio_driver.bench,
 }
 
 
