@@ -173,7 +173,7 @@ class NvmeModel:
             command = Submission.parse(bytes(data))
             queue.head = (queue.head + 1) % queue.entries
             self.commands.append((number // 2, command))
-            status, result = self._admin(command) if number < 2 else (self._run(command), 0)
+            status, result = self._admin(command) if number < 2 else (self.run(command), 0)
             completion = Completion(result, 0, queue.head, number // 2, command.command_id, status << 1)
             for target, entry in self.answer(self, number // 2, completion):
                 self.post(target, entry)
@@ -236,7 +236,7 @@ class NvmeModel:
             for index, address in enumerate(addresses)
         ]
 
-    def _run(self, command: Submission) -> int:
+    def run(self, command: Submission) -> int:
         """One I/O command; its status."""
         if command.namespace != 1:
             return _BAD_NAMESPACE

@@ -38,6 +38,8 @@ __all__ = ["ADMIN_ENTRIES", "Controller", "Registers"]
 ADMIN_ENTRIES = 8
 _WORD = 0xFFFF_FFFF
 _READY_TRIES = 100_000
+_RESET_NOTICE = 1 << 4
+"""CSTS.NSSRO: an earlier reset of the subsystem, which harms nobody. Any other bit but RDY does."""
 _READY_PAUSE_SECONDS = 0.001
 _FRUITLESS_WAKE_UPS = 64
 _STORM_PAUSE_SECONDS = 0.001
@@ -188,7 +190,7 @@ class Controller:
             ProtocolError: ``nvme-failed``, ``nvme-gone``, ``nvme-register``.
         """
         status = self._status()
-        if status & ~ControllerStatus.NSSRO != ControllerStatus.RDY:
+        if status & ~_RESET_NOTICE != ControllerStatus.RDY:
             raise ProtocolError(
                 "the controller has failed, or stopped by itself",
                 code="nvme-failed",
