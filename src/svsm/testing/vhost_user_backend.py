@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""A vhost-user back-end in Python: our virtio-blk device model behind a socket, with a script for what it says.
+
+Honest by itself, so that rings that qemu-storage-daemon does not offer (packed) can be driven over this transport.
+A `Script` sees each message and the honest answer, and decides what is sent instead: nothing, garbage, one byte at a
+time, descriptors. The device model is `svsm.host.devices`, or the hostile one of `svsm.testing.hostile`, whose
+registers are set from the messages.
+
+    backend = Backend(descriptor, BlkOptions())
+    driver = VhostUserBlk(backend.endpoint)
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import mmap
+import os
+import select
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from typing import Final
+
+from svsm.formats.errors import SvsmError
+from svsm.formats.vhost_user import (
+    NO_DESCRIPTOR,
+    QUEUE_INDEX_MASK,
+    VERSION,
+    ConfigHeader,
+    HeaderFlag,
+    MemoryRegion,
+    MemoryTable,
+    MessageHeader,
+    ProtocolFeature,
+    Request,
+    U64Payload,
+    VhostFeature,
+    VringAddress,
+    VringState,
+)
+from svsm.formats.virtio import DeviceStatus, Feature, MmioRegister
+from svsm.host.devices.virtio_blk import BlkBackend, BlkOptions
+from svsm.host.devices.virtio_mmio import MmioBlk
+from svsm.host.devices.virtio_ring import Window
+
+__all__ = ["PROTOCOL_FEATURES", "Backend", "Conversation", "Script", "reply"]
+
+PROTOCOL_FEATURES: Final = int(ProtocolFeature.MQ | ProtocolFeature.REPLY_ACK | ProtocolFeature.CONFIG)
+_FEATURES_OK = int(DeviceStatus.ACKNOWLEDGE | DeviceStatus.DRIVER | DeviceStatus.FEATURES_OK)
+_MOST_DESCRIPTORS = 8
+_DESCRIPTOR_BYTES = array.array("i").itemsize
+_JOIN_SECONDS = 10.0
+
+Script = Callable[["Conversation", Request, bytes], bytes]
+"""(conversation, what was asked, the honest answer or b"") → the bytes to send."""
+
+
+def reply(request: int, payload: bytes, *, flags: int = VERSION | HeaderFlag.REPLY, size: int | None = None) -> bytes:
+    """One answer, right or wrong."""
+    return MessageHeader(request, flags, len(payload) if size is None else size).pack() + payload
+
+
+class _Queue:
+    def __init__(self) -> None:
+        self.size = 0
+        self.base = 0
+        self.addresses = (0, 0, 0)
+        self.kick = self.call = self.error = -1
+
+
+class Backend:
+    """What connections are made to.
+
+    Args:
+        descriptor: The disk's file; stays the caller's.
+        options: What the device offers.
+        script: What is said instead; None is honest.
+        protocol_features: What is offered of them.
+        make: The device model's class.
+
+    Attributes:
+        requests: Everything that was asked, over all connections.
+    """
+
+    def __init__(
+        self,
+        descriptor: int,
+        options: BlkOptions | None = None,
+        *,
+        script: Script | None = None,
+        protocol_features: int = PROTOCOL_FEATURES,
+        make: Callable[..., MmioBlk] = MmioBlk,
+    ) -> None:
+        self.disk = BlkBackend(descriptor, options or BlkOptions())
+        self.script = script
+        self.protocol_features = protocol_features
+        self.make = make
+        self.requests: list[Request] = []
+        self.conversations: list[Conversation] = []
+
+    def endpoint(self) -> socket.socket:
+        """A new connection, served from a thread of its own."""
+        front, back = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        conversation = Conversation(self, back)
+        self.conversations.append(conversation)
+        conversation.start()
+        return front
+
+    def join(self) -> None:
+        """Wait until every conversation has ended; the other side must have closed."""
+        for conversation in self.conversations:
+            conversation.stop()
+            conversation.join(_JOIN_SECONDS)
+
+
+class Conversation(threading.Thread):
+    """One connection, back-end side.
+
+    Attributes:
+        socket: Blocking; a script may use it.
+        device: The device model, once there is memory.
+    """
+
+    def __init__(self, backend: Backend, connected: socket.socket) -> None:
+        super().__init__(daemon=True)
+        self.backend = backend
+        self.socket = connected
+        self.device: MmioBlk | None = None
+        self._acknowledging = False
+        self._regions: list[MemoryRegion] = []
+        self._queues: dict[int, _Queue] = {}
+        self._stop_read, self._stop_write = os.pipe2(os.O_CLOEXEC)
+
+    # ---- the loop ---------------------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """End it, whatever it is doing."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            os.write(self._stop_write, b"x")
+
+    def run(self) -> None:
+        """Until the front-end leaves, or something in a ring or message makes no sense."""
+        try:
+            while self._turn():
+                pass
+        except (OSError, EOFError, ValueError, SvsmError):
+            pass
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        self.socket.close()
+        for queue in self._queues.values():
+            for descriptor in (queue.kick, queue.call, queue.error):
+                if descriptor >= 0:
+                    os.close(descriptor)
+        self._queues.clear()
+        self.device = None
+        os.close(self._stop_read)
+        os.close(self._stop_write)
+
+    def _turn(self) -> bool:
+        poller = select.poll()
+        poller.register(self.socket, select.POLLIN)
+        poller.register(self._stop_read, select.POLLIN)
+        kicks = {queue.kick for queue in self._queues.values() if queue.kick >= 0}
+        for kick in kicks:
+            poller.register(kick, select.POLLIN)
+        ready = [descriptor for descriptor, _ in poller.poll()]
+        if self._stop_read in ready:
+            return False
+        for kick in kicks.intersection(ready):
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(kick)
+            if self.device is not None:
+                self.device.write32(MmioRegister.QUEUE_NOTIFY, 0)
+                if self.device.status & DeviceStatus.NEEDS_RESET:
+                    return False  # as libvhost-user does
+        if self.socket.fileno() in ready:
+            self._serve()
+        return True
+
+    def _serve(self) -> None:
+        header, descriptors = self._take(MessageHeader.SIZE)
+        message = MessageHeader.parse(header)
+        payload, more = self._take(message.size)
+        request = Request(message.request)
+        self.backend.requests.append(request)
+        answer = self._handle(request, payload, descriptors + more)
+        acknowledged = self._acknowledging and message.flags & HeaderFlag.NEED_REPLY
+        data = b""
+        if answer is not None and (acknowledged or request.name.startswith("GET_")):
+            data = reply(request, answer)
+        if self.backend.script is not None:
+            data = self.backend.script(self, request, data)
+        self.socket.sendall(data)
+
+    def _take(self, length: int) -> tuple[bytes, list[int]]:
+        data, descriptors = b"", array.array("i")
+        while len(data) < length:
+            room = socket.CMSG_SPACE(_MOST_DESCRIPTORS * _DESCRIPTOR_BYTES)
+            part, ancillary, _, _ = self.socket.recvmsg(length - len(data), room)
+            if not part:
+                raise EOFError
+            data += part
+            for _, _, content in ancillary:
+                descriptors.frombytes(content)
+        return data, list(descriptors)
+
+    # ---- messages ---------------------------------------------------------------------------------------------------
+
+    def _handle(self, request: Request, payload: bytes, descriptors: list[int]) -> bytes | None:
+        """The answer's payload: of a GET, or of an acknowledgement."""
+        options = self.backend.disk.options
+        if request is Request.GET_FEATURES:
+            return U64Payload(options.features | VhostFeature.PROTOCOL_FEATURES).pack()
+        if request is Request.GET_PROTOCOL_FEATURES:
+            return U64Payload(self.backend.protocol_features).pack()
+        if request is Request.SET_PROTOCOL_FEATURES:
+            # From the next message on: this one is answered only where that was agreed before.
+            self._acknowledging = bool(U64Payload.parse(payload).value & ProtocolFeature.REPLY_ACK)
+            return None
+        if request is Request.GET_QUEUE_NUM:
+            return U64Payload(options.queues).pack()
+        if request is Request.GET_CONFIG:
+            header = ConfigHeader.parse_at(payload, 0)
+            part = self.backend.disk.configuration()[header.offset : header.offset + header.size]
+            return header.pack() + part if len(part) == header.size else b""
+        if request is Request.SET_FEATURES:
+            return U64Payload(0 if self._set_features(U64Payload.parse(payload).value) else 1).pack()
+        if request is Request.SET_MEM_TABLE:
+            self._map(payload, descriptors)
+        elif request is not Request.SET_OWNER:
+            return self._handle_vring(request, payload, descriptors)
+        return U64Payload(0).pack()
+
+    def _handle_vring(self, request: Request, payload: bytes, descriptors: list[int]) -> bytes:
+        if request in (Request.SET_VRING_KICK, Request.SET_VRING_CALL, Request.SET_VRING_ERR):
+            value = U64Payload.parse(payload).value
+            queue = self._queues.setdefault(value & QUEUE_INDEX_MASK, _Queue())
+            descriptor = -1 if value & NO_DESCRIPTOR else descriptors[0]
+            setattr(queue, {12: "kick", 13: "call", 14: "error"}[request], descriptor)
+            if request is Request.SET_VRING_KICK:
+                self._ready(value & QUEUE_INDEX_MASK, queue)
+            return U64Payload(0).pack()
+        if request is Request.SET_VRING_ADDR:
+            address = VringAddress.parse(payload)
+            queue = self._queues.setdefault(address.index, _Queue())
+            queue.addresses = (address.descriptors, address.available, address.used)
+            return U64Payload(0).pack()
+        state = VringState.parse(payload)
+        queue = self._queues.setdefault(state.index, _Queue())
+        if request is Request.SET_VRING_NUM:
+            queue.size = state.value
+        elif request is Request.SET_VRING_BASE:
+            queue.base = state.value
+        elif request is Request.SET_VRING_ENABLE:
+            self._write(MmioRegister.STATUS, _FEATURES_OK | DeviceStatus.DRIVER_OK)
+        elif request is Request.GET_VRING_BASE:
+            self._write(MmioRegister.STATUS, 0)
+            for descriptor in (queue.kick, queue.call, queue.error):
+                if descriptor >= 0:
+                    os.close(descriptor)
+            del self._queues[state.index]
+            return VringState(state.index, queue.base).pack()
+        return U64Payload(0).pack()
+
+    # ---- the device -------------------------------------------------------------------------------------------------
+
+    def _map(self, payload: bytes, descriptors: list[int]) -> None:
+        table = MemoryTable.parse_at(payload, 0)
+        self._regions = list(MemoryRegion.iter_parse(payload[MemoryTable.SIZE :]))
+        if len(self._regions) != table.regions or len(descriptors) != table.regions:
+            raise ValueError("a region without a descriptor")
+        region = self._regions[0]
+        mapped = mmap.mmap(descriptors[0], region.size, mmap.MAP_SHARED, offset=region.mmap_offset)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        window = Window(memoryview(mapped), address=region.guest_address)
+        self.device = self.backend.make(self.backend.disk, window)
+        self.device._interrupt = self._interrupt
+
+    def _interrupt(self) -> None:
+        for queue in self._queues.values():
+            if queue.call >= 0:
+                os.eventfd_write(queue.call, 1)
+
+    def _write(self, register: int, value: int) -> None:
+        if self.device is not None:
+            self.device.write32(register, value)
+
+    def _set_features(self, features: int) -> bool:
+        features &= ~int(VhostFeature.PROTOCOL_FEATURES)
+        self._write(MmioRegister.STATUS, 0)
+        for select_word in (0, 1):
+            self._write(MmioRegister.DRIVER_FEATURES_SELECT, select_word)
+            self._write(MmioRegister.DRIVER_FEATURES, features >> 32 * select_word & 0xFFFF_FFFF)
+        self._write(MmioRegister.STATUS, _FEATURES_OK)
+        return self.device is None or bool(self.device.status & DeviceStatus.FEATURES_OK)
+
+    def _ready(self, index: int, queue: _Queue) -> None:
+        region = self._regions[0]
+        packed = self.device is not None and bool(self.device.driver_features & Feature.RING_PACKED)
+        if queue.base != (0x8000_8000 if packed else 0):
+            raise ValueError("a ring that does not begin at its start")
+        self._write(MmioRegister.QUEUE_SELECT, index)
+        self._write(MmioRegister.QUEUE_SIZE, queue.size)
+        for part, register in enumerate(
+            (MmioRegister.QUEUE_DESCRIPTORS_LOW, MmioRegister.QUEUE_DRIVER_LOW, MmioRegister.QUEUE_DEVICE_LOW)
+        ):
+            low, high = struct.unpack("<II", struct.pack("<Q", self._guest(region, queue.addresses[part])))
+            self._write(register, low)
+            self._write(register + 4, high)
+        self._write(MmioRegister.QUEUE_READY, 1)
+
+    @staticmethod
+    def _guest(region: MemoryRegion, user_address: int) -> int:
+        offset = user_address - region.user_address
+        if not 0 <= offset < region.size:
+            raise ValueError("a ring outside the memory table")
+        return region.guest_address + offset
