@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import os
 
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -19,7 +20,7 @@ from svsm.formats.launch_configuration import LaunchConfiguration, TpmConfigurat
 from svsm.formats.snp.tcb import Line
 from svsm.hardware.authority import MODELS, Authority, Machine
 
-__all__ = ["BORN", "CONFIGURATION", "broker_key", "chip_machine", "ephemeral"]
+__all__ = ["BORN", "CONFIGURATION", "broker_key", "chip_machine", "ephemeral", "open_descriptors"]
 
 BORN = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 """When the simulated chip was made."""
@@ -60,3 +61,8 @@ def chip_machine() -> Machine:
         ark=authority.ark.public_bytes(der),
         key=vcek_key,
     )
+
+
+def open_descriptors() -> set[str]:
+    """Those of this process; the one that lists them is gone when the set is looked at."""
+    return {name for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")}
