@@ -22,6 +22,8 @@ from tests.unit.services.test_vtpm_library import library
 
 pytestmark = pytest.mark.e2e
 
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="looking into a non-dumpable process needs root")
+
 
 @pytest.fixture(scope="module")
 def payload() -> Payload:
@@ -113,6 +115,7 @@ def test_it_serves_stores_and_comes_back_in_failure_mode(machine: Machine) -> No
         assert _ask(data, tpm.get_random(8)) == tpm.failure_response()
 
 
+@as_root
 def test_no_memory_is_writable_and_executable_and_all_code_has_a_source(machine: Machine) -> None:
     machine.ready(1)
     with open(f"/proc/{machine.started[0].pid}/maps") as maps:
@@ -127,6 +130,7 @@ def test_no_memory_is_writable_and_executable_and_all_code_has_a_source(machine:
     assert all(name.startswith("/memfd:payload:") for name in own)
 
 
+@as_root
 def test_it_holds_nothing_but_its_sockets_and_the_payload(machine: Machine) -> None:
     machine.ready(1)
     with machine.client(Endpoint.DATA) as data:
