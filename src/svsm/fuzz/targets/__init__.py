@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from svsm.formats.errors import StateError
 from svsm.fuzz.target import Target
-from svsm.fuzz.targets import attestation, evidence, guest, host, images, messages, storage, virtio
+from svsm.fuzz.targets import attestation, disks, evidence, guest, host, images, messages, storage
 
 __all__ = ["TARGETS", "find"]
 
@@ -17,7 +17,7 @@ TARGETS: tuple[Target, ...] = (
     *storage.ROWS,
     *guest.ROWS,
     *host.ROWS,
-    *virtio.ROWS,
+    *disks.ROWS,
 )
 
 
