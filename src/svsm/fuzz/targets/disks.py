@@ -82,8 +82,8 @@ def _nvme(data: bytes) -> None:
             model.capabilities = (model.capabilities ^ 1 << choices.below(64)) if choices.flag() else choices.number()
         elif kind == 2:
             value = choices.number() & 0xFFFF_FFFF
-            model.registers[choices.pick((NvmeRegister.CSTS, NvmeRegister.VS, NvmeRegister.CC))] = lambda value=value: (
-                value
+            model.registers[choices.pick((NvmeRegister.CSTS, NvmeRegister.VS, NvmeRegister.CC))] = functools.partial(
+                int, value
             )
         else:
             model.spurious = True
