@@ -25,8 +25,8 @@ from tests.e2e.boot_support import (
     Script,
     Vm,
     descendants,
+    gone_within_a_second,
     honest,
-    is_alive,
     process_of,
     random_bytes,
     svsm,
@@ -142,8 +142,7 @@ def test_without_one_of_its_roles_the_whole_instance_ends(owner: Estate, role: s
         ended = instance.ended(seconds=20)
         assert ended.exit_code == 1
         assert ended.code in code.split("|")
-        time.sleep(0.2)
-        assert [pid for pid in below if is_alive(pid)] == []
+        gone_within_a_second(below)
     with Instance(state, "--image", str(owner.image)) as instance:
         assert instance.ready()["ek_name"] == ready["ek_name"]
 

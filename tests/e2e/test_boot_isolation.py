@@ -27,7 +27,7 @@ from svsm.confine import Role
 from svsm.confine.identity import role_uid
 from svsm.formats import tpm
 from svsm.launch.payload import build_payload
-from tests.e2e.boot_support import Instance
+from tests.e2e.boot_support import Instance, gone_within_a_second, is_alive
 from tests.e2e.descriptors import COLUMNS, Table, Unit, count_descriptors, design_table, mapped_memories
 from tests.support import peer
 
@@ -353,7 +353,7 @@ def test_a_hijacked_service_does_not_speak_for_the_kernel(system: list[Seen]) ->
         os.write(descriptor, b'{"event":"failed","code":"forged","message":"gone"}\n{"event":"ready","tpms":[]}\n')
         os.close(descriptor)
     time.sleep(0.5)
-    assert all(_alive(seen.pid) for seen in system)
+    assert all(is_alive(seen.pid) for seen in system)
 
 
 def _memory(pid: int) -> bytes:
@@ -384,17 +384,7 @@ def test_a_killed_supervisor_takes_everything_with_it(tmp_path: Path) -> None:
     assert ready(tmp_path)["isolation"] == {"reduced": []}
     started.kill()
     started.wait()
-    deadline = time.monotonic() + 1
-    while time.monotonic() < deadline and any(_alive(pid) for pid in pids):
-        time.sleep(0.01)
-    assert [pid for pid in pids if _alive(pid)] == []
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
+    gone_within_a_second(pids)
 
 
 @pytest.mark.long

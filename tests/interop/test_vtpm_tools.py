@@ -76,6 +76,12 @@ class Server:
         self.process.send_signal(signal.SIGTERM)
         self._close()
 
+    def stores(self, *, fail: bool) -> None:
+        """From here on stores fail, or work again."""
+        assert self.process.stdout is not None
+        self.process.send_signal(signal.SIGUSR1 if fail else signal.SIGUSR2)
+        assert json.loads(self.process.stdout.readline()) == {"event": "stores", "fail": fail}
+
     def kill(self) -> None:
         """At once, with its service."""
         service = self.ready.get("service_pid")
@@ -190,12 +196,10 @@ def test_tcp_and_the_simulators_protocol(tmp_path: Path) -> None:
 
 def test_a_store_that_fails_reaches_the_tool_as_a_failure(server: Server, tmp_path: Path) -> None:
     tools = Tools(tmp_path, server.tcti)
-    server.process.send_signal(signal.SIGUSR1)
-    time.sleep(0.1)
+    server.stores(fail=True)
     assert tools.run("nvdefine", "-C", "o", "-s", "8", "-a", NV_ATTRIBUTES, "0x1500003", allow=True).returncode != 0
     assert tools.run("getrandom", "4", allow=True).returncode != 0
-    server.process.send_signal(signal.SIGUSR2)
-    time.sleep(0.1)
+    server.stores(fail=False)
     ioctl = [str(peer("swtpm_ioctl")), "--unix", f"{server.where}.ctrl"]
     subprocess.run([*ioctl, "-i"], check=True, capture_output=True)
     tools.run("startup", "-c")

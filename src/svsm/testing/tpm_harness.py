@@ -9,7 +9,7 @@ process does. For tests and measurements only.
 
 Listens on PATH and PATH.ctrl (Unix), PORT and PORT+1 (TCP): data and control, as swtpm's clients expect it; --mssim:
 PORT data, PORT+1 platform. Prints one JSON line when the TPM is ready.
-SIGTERM ends in order, SIGUSR1 makes every later store fail, SIGUSR2 makes stores work again.
+SIGTERM ends in order, SIGUSR1 makes every later store fail, SIGUSR2 makes stores work again; a line says from when on.
 """
 
 from __future__ import annotations
@@ -228,6 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
                 harness.loop.stop()
             else:
                 store.fail = number == signal.SIGUSR1
+                _say(event="stores", fail=store.fail)
 
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, lambda *_: None)
