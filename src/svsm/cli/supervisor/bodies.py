@@ -288,6 +288,12 @@ class HostDevices:
     guest_driver: socket.socket | None
     """Listening: who connects makes the guest do SVSM calls."""
 
+    @property
+    def sockets(self) -> list[socket.socket]:
+        """What the role keeps of it."""
+        optional = [self.guest_driver, None if isinstance(self.disk, Disk) else self.disk]
+        return [front[0] for front in self.fronts] + [sock for sock in optional if sock is not None]
+
 
 def host_body(
     hardware: socket.socket,

@@ -293,15 +293,10 @@ class Session:
                 self._watch.start("vcpu", vcpu, [vcpu_hardware.fileno(), memory["vmpl2"], memory["shared"]])
             else:
                 self._progress.note("no guest runs: the optional package unicorn is missing (pip install svsm[guest])")
-            listeners = [front[0] for front in devices.fronts]
-            if devices.guest_driver is not None:
-                listeners.append(devices.guest_driver)
-            registers: list[int] = []
             if isinstance(devices.disk, Disk) and devices.disk.kind is DiskKind.FILE:
                 host_device, device_host = pair()
                 self._start_device(devices.disk, device_host, memory["shared"])
                 devices = dataclasses.replace(devices, disk=host_device)
-                registers.append(host_device.fileno())
             self._watch.start(
                 "host",
                 bodies.host_body(
@@ -320,13 +315,12 @@ class Session:
                     memory["shared"],
                     image.descriptor,
                     host_control.fileno(),
-                    *registers,
-                    *(listener.fileno() for listener in listeners),
+                    *(sock.fileno() for sock in devices.sockets),
                 ],
             )
             os.close(image.descriptor)
-            for listener in listeners:
-                listener.close()
+            for sock in devices.sockets:
+                sock.close()
 
     def _start_device(self, disk: Disk, registers: socket.socket, shared: int) -> None:
         """The disk's own process."""
