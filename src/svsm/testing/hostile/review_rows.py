@@ -232,7 +232,7 @@ ROWS: Final[tuple[Row, ...]] = (
         "contents of a read's buffer before the read",
         "have old contents returned as new",
         "blk_lane",
-        "                shared[start : start + length] = zeros if length == small_bytes else bytes(length)\n",
+        "                shared[start : start + length] = zeros[:length]\n",
         "",
         ("data changes after the driver has returned it",),
     ),

@@ -418,7 +418,13 @@ class VirtioBlk:
 
     def write(self, extents: Sequence[Extent]) -> None:
         """Write all extents; all of them are in flight together."""
-        self._check("write", [(offset, len(data)) for offset, data in extents], writing=True)
+        ranges = [(offset, len(data)) for offset, data in extents]
+        self._check("write", ranges, writing=True)
+        limit = self._piece_bytes
+        if all(0 < length <= limit for _, length in ranges):
+            self._unflushed = self._unflushed or bool(ranges)
+            self._transfer(BlkType.OUT, [(offset // SECTOR_BYTES, len(data), data) for offset, data in extents], None)
+            return
         pieces: list[Piece] = []
         for offset, data in extents:
             if len(data) <= self._piece_bytes:
