@@ -289,9 +289,10 @@ class VirtioBlk:
     def _read_geometry(self) -> None:
         """Capacity may change while the device runs; nothing else is taken over."""
         fresh = parse_geometry(self._transport.configuration(0, CONFIG_BYTES), self.features)
-        if fresh.size_bytes != self._geometry.size_bytes:
+        size = fresh.size_bytes // self._geometry.block_size_bytes * self._geometry.block_size_bytes
+        if size != self._geometry.size_bytes:
             self.resizes += 1
-            self._geometry = dataclasses.replace(self._geometry, size_bytes=fresh.size_bytes)
+            self._geometry = dataclasses.replace(self._geometry, size_bytes=size)
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
