@@ -20,6 +20,7 @@ from tests.bench import (
     bench_cocoonfs,
     bench_digest,
     bench_memory,
+    bench_qtest,
     bench_vhost_user,
     bench_virtio_driver,
     bench_vtpm,
@@ -38,6 +39,7 @@ BENCHES: dict[str, Callable[[], Result]] = {
     "memory": bench_memory.bench,
     "vhost-user": bench_vhost_user.bench,
     "virtio-driver": bench_virtio_driver.bench,
+    "qtest": bench_qtest.bench,
 }
 
 

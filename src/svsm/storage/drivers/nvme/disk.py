@@ -264,7 +264,7 @@ class NvmeDisk:
 
     def _fill(self, opcode: NvmOpcode, pieces: Sequence[_Piece], at: int) -> int:
         """Put commands into flight from ``pieces[at]`` on; returns where it ended."""
-        slots, pair, shared = self._slots, self._pair, self._memory.bytes
+        slots, pair, shared, zeros = self._slots, self._pair, self._memory.bytes, self._slots.zeros
         reading = opcode == NvmOpcode.READ
         word = opcode | self._policy.namespace << 32
         shift = self._geometry.block_size_bytes.bit_length() - 1
@@ -276,7 +276,7 @@ class NvmeDisk:
                 break
             start = slots.offsets[slot]
             if reading:
-                shared[start : start + length] = slots.zeros if length == slots.small_bytes else bytes(length)
+                shared[start : start + length] = zeros[:length]
             else:
                 shared[start : start + length] = data
             prp1, prp2 = slots.prps(slot, length)
