@@ -20,6 +20,8 @@ from tests.bench import (
     bench_cocoonfs,
     bench_digest,
     bench_memory,
+    bench_qtest,
+    bench_vhost_user,
     bench_virtio_driver,
     bench_vtpm,
     guest_exits,
@@ -35,7 +37,9 @@ BENCHES: dict[str, Callable[[], Result]] = {
     "guest": guest_exits.bench,
     "boot": bench_boot.bench,
     "memory": bench_memory.bench,
+    "vhost-user": bench_vhost_user.bench,
     "virtio-driver": bench_virtio_driver.bench,
+    "qtest": bench_qtest.bench,
 }
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import subprocess
 import time
@@ -28,6 +29,7 @@ _MEASURED = range(8)
 """What firmware extends: events of its own, and a separator before it hands over."""
 
 _BOOT_SECONDS = 60
+"""Of the emulator's own CPU time: what firmware needs does not depend on who else uses the machine."""
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,12 @@ def qemu(system: System, kind: str, device: str) -> Iterator[subprocess.Popen[by
             made.wait(20)
 
 
+def cpu_seconds(pid: int) -> float:
+    """How long a process has run."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def pcrs(system: System) -> list[bytes]:
     """PCR 0 to 7 and 16; an empty value while the TPM is off or not started."""
     with TpmClient(system.where) as client:
@@ -72,20 +80,20 @@ def pcrs(system: System) -> list[bytes]:
     return [answer[-32:] if tpm.response_code(answer) == 0 else b"" for answer in answers]
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("kind", "device"),
     [("seabios", "tpm-crb"), ("ovmf", "tpm-crb"), pytest.param("ovmf", "tpm-tis", marks=pytest.mark.long)],
 )
 def test_firmware_measures_into_the_tpm(system: System, kind: str, device: str) -> None:
     with qemu(system, kind, device) as machine:
-        deadline = time.monotonic() + _BOOT_SECONDS
         while True:
             values = pcrs(system)
             if all(any(values[number]) for number in _MEASURED):
                 break
             said = machine.stdout.read() if machine.poll() is not None and machine.stdout else b""
             assert machine.poll() is None, said
-            assert time.monotonic() < deadline, [value.hex() for value in values]
+            assert cpu_seconds(machine.pid) < _BOOT_SECONDS, [value.hex() for value in values]
             time.sleep(0.1)
         assert len({values[number] for number in _MEASURED}) > 1  # separators and more
         with TpmClient(system.where) as client:

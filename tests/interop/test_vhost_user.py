@@ -59,7 +59,9 @@ _POLICIES = {
 }
 
 
-@pytest.mark.parametrize("policy", _POLICIES)
+@pytest.mark.parametrize(
+    "policy", [pytest.param(name, marks=[pytest.mark.long] if name == "direct-sleeping" else []) for name in _POLICIES]
+)
 def test_conformance(folder: Path, policy: str) -> None:
     """All checks, with a fresh daemon for each fresh disk."""
     image = folder / "disk.raw"
@@ -186,6 +188,7 @@ def test_integrity(folder: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("indirect", [True, False])
 def test_integrity_of_more_than_a_gibibyte(folder: Path, indirect: bool) -> None:
     _integrity(folder, 256 * _MIB, 1200 * _MIB, BlkPolicy(indirect=indirect, packed=False))
@@ -257,6 +260,7 @@ def test_killed_in_flight(folder: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)
 def test_killed_in_flight_again_and_again(folder: Path) -> None:
     _killed_in_flight(folder, 40, 4096)
 
@@ -310,6 +314,7 @@ def test_a_daemon_that_gives_up_on_a_broken_ring(folder: Path, what: str) -> Non
         driver.close()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="opening what another process has mapped needs root")
 def test_the_daemon_cannot_reach_the_size_of_the_memory(folder: Path) -> None:
     """The seals are on the very file that the daemon has mapped."""
     with _daemon(folder, _image(folder, _MIB)) as daemon:

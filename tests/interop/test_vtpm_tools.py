@@ -343,9 +343,13 @@ def test_every_acknowledged_write_survives_kills_at_random_moments(server: Serve
     random = Random(rounds)
     told: list[int] = []
     number = 1
-    for _ in range(rounds):
+    for turn in range(rounds):
+        before = len(told)
         writer = threading.Thread(target=_write_until_killed, args=(server.where, number, told))
         writer.start()
+        # Two of three kills come while it writes, the others at any moment, maybe before its first command.
+        while turn % 3 and len(told) < before + 4 and writer.is_alive():
+            time.sleep(0.001)
         time.sleep(random.uniform(0.005, 0.06))
         server.kill()
         writer.join()

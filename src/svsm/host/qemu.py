@@ -31,7 +31,16 @@ from typing import Final
 from svsm.formats.errors import BackendError, StateError, SvsmError
 from svsm.host.qtest import QtestClient
 
-__all__ = ["COM_PORTS", "DiskOptions", "Machine", "MachineKind", "MachineOptions", "MemoryWindow", "PortWindow"]
+__all__ = [
+    "COM_PORTS",
+    "PCI_WINDOW",
+    "DiskOptions",
+    "Machine",
+    "MachineKind",
+    "MachineOptions",
+    "MemoryWindow",
+    "PortWindow",
+]
 
 _PROGRAM: Final = "qemu-system-x86_64"
 _FIRMWARE_BYTES: Final = 64 << 10

@@ -119,7 +119,7 @@ ROWS: Final[tuple[Row, ...]] = (
     ),
     _row(
         *(_DATA, "a read's buffer before the read", "have old contents returned as new", "disk"),
-        *("slots.zeros if length == slots.small_bytes else bytes(length)", "shared[start : start + length]"),
+        *("= zeros[:length]", "= shared[start : start + length]"),
         "success and nothing done",
     ),
     _row(

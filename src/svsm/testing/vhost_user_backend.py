@@ -110,9 +110,8 @@ class Backend:
 
     def join(self) -> None:
         """Wait until every conversation has ended; the other side must have closed."""
-        for conversation in self.conversations:
-            conversation.stop()
-            conversation.join(_JOIN_SECONDS)
+        while self.conversations:
+            self.conversations.pop().finish()
 
 
 class Conversation(threading.Thread):
@@ -135,12 +134,15 @@ class Conversation(threading.Thread):
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
-    def stop(self) -> None:
-        """End it, whatever it is doing."""
+    def finish(self) -> None:
+        """End it, whatever it is doing, and wait."""
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
-        with contextlib.suppress(OSError):
-            os.write(self._stop_write, b"x")
+        os.write(self._stop_write, b"x")
+        self.join(_JOIN_SECONDS)
+        # Only now: while the thread lives, another file could get these numbers.
+        os.close(self._stop_read)
+        os.close(self._stop_write)
 
     def run(self) -> None:
         """Until the front-end leaves, or something in a ring or message makes no sense."""
@@ -160,8 +162,6 @@ class Conversation(threading.Thread):
                     os.close(descriptor)
         self._queues.clear()
         self.device = None
-        os.close(self._stop_read)
-        os.close(self._stop_write)
 
     def _turn(self) -> bool:
         poller = select.poll()

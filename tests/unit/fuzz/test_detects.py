@@ -125,19 +125,19 @@ def _any_sequence(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(remote.RemoteDevice, "_describe", describe)
 
 
-_CASES: list[tuple[str, Callable[[pytest.MonkeyPatch], None], int]] = [
+_CASES = [
     ("guest-calls", _anything_goes, 5000),
     ("guest-calls", _vmsas_are_ordinary_pages, 20000),
-    ("guest-calls", _pages_are_not_zeroed, 20000),
+    pytest.param("guest-calls", _pages_are_not_zeroed, 20000, marks=pytest.mark.long),
     ("frames", _no_frame_limit, 5000),
     ("token", _no_signature, 3000),
     ("runtime-channel", _no_replay_check, 3000),
     ("attestation-client", _tokens_for_anybody, 5000),
     ("guest-requests", _a_stale_report, 5000),
     ("host-port", _descriptors_stay, 3000),
-    ("hijacked-service", _clients_stay, 10000),
+    pytest.param("hijacked-service", _clients_stay, 10000, marks=pytest.mark.long),
     ("cocoonfs-open", _no_tree, 5000),
-    ("cocoonfs-open", _no_authentication, 5000),
+    pytest.param("cocoonfs-open", _no_authentication, 5000, marks=pytest.mark.long),
     ("cocoonfs-journal", _a_plan_that_writes_first, 5000),
     ("block-remote", _any_sequence, 5000),
 ]

@@ -90,12 +90,14 @@ def _nvme(data: bytes) -> None:
     left = choices.below(16)
     held: list[tuple[int, Completion]] = []
 
-    def answer(_model: NvmeModel, queue: int, honest: Completion) -> list[tuple[int, Completion]]:
+    def answer(model: NvmeModel, queue: int, honest: Completion) -> list[tuple[int, Completion]]:
         nonlocal left
         left -= 1
         if left >= 0 or not choices.more:
             return [(queue, honest)]
-        return _completions(choices, queue, honest, held)
+        posted = _completions(choices, queue, honest, held)
+        # What was held may be for a queue that a reset has taken away; there is no memory to post it to.
+        return [(number, completion) for number, completion in posted if number in model._queues]
 
     model.answer = answer
     disk = bench.start()

@@ -193,7 +193,7 @@ class _Spawner:
         return _Process()
 
     def service(self, name: str, archive: int, parameters: Mapping[str, str]) -> tuple[Spawned, socket.socket]:
-        raise BackendError("no service here", code="spawn-refused")
+        raise BackendError("no service here", code="process-limit")
 
 
 @functools.cache

@@ -183,6 +183,21 @@ def _grow_impossibly(trial: Trial) -> None:
 attack(20, "the disk shrinks", SURVIVED, after=_shrink)(lambda device: None)
 attack(20, "the disk grows", SURVIVED, after=_grow)(lambda device: None)
 attack(20, "the disk grows beyond all bounds", dead("virtio-blk-geometry"), after=_grow_impossibly)(lambda device: None)
+
+
+def _other_blocks(trial: Trial) -> None:
+    """From 4096-byte blocks to 512, with a capacity that only fits the latter."""
+    trial.device.lie_about_config(20, 512, 4)
+    trial.device.resize(2047)
+    trial.attempt(trial.driver.poll)
+    if trial.driver.block_size_bytes != 4096 or trial.driver.size_bytes != 2040 // 8 * 4096:
+        raise AssertionError("the size is no multiple of the block size")
+
+
+attack(
+    20, "the block size changes with the capacity", SURVIVED, options=options_of(block_bytes=4096), after=_other_blocks
+)(lambda device: None)
+
 attack(20, "the disk is larger than it is", IO_ERROR, after=lambda trial: trial.read(1 << 30, 512))(_capacity(1 << 30))
 
 for _size in (0, 1, 256, 513, 3072, 1 << 21, 0x8000_0000, 0xFFFF_FFFF):

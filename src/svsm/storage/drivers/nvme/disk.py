@@ -41,6 +41,8 @@ from svsm.storage.drivers.nvme.slots import MOST_BUFFER_BYTES, Slots, slots_byte
 __all__ = ["NvmeDisk", "NvmePolicy", "memory_bytes"]
 
 _SLOWEST_BYTES_PER_SECOND = 1 << 20
+_DOORBELL_COMMANDS = 16
+"""Commands for one doorbell: the controller begins with these while the next are prepared."""
 _MOST_RANGES = PAGE_BYTES // DsmRange.SIZE
 _MOST_RANGE_BLOCKS = (1 << 32) - 1
 _MOST_ZEROED_BLOCKS = 1 << 16
@@ -246,16 +248,15 @@ class NvmeDisk:
         at = done = failure = 0
         try:
             while done < len(pieces):
-                filled = self._fill(opcode, pieces, at)
+                filled, at = at, self._fill(opcode, pieces, at)
                 if filled != at:
-                    at = filled
                     controller.ring(pair)
                 finished = pair.collect()
                 if finished:
                     controller.acknowledge(pair)
                     failure = self._take(finished, pieces, results) or failure
                     done += len(finished)
-                elif done < len(pieces):
+                elif filled == at:
                     controller.wait(pair, deadline)
         except (ProtocolError, BackendError) as error:
             raise self._die(operation, error) from error
@@ -263,12 +264,12 @@ class NvmeDisk:
             raise self._refused(operation, failure)
 
     def _fill(self, opcode: NvmOpcode, pieces: Sequence[_Piece], at: int) -> int:
-        """Put commands into flight from ``pieces[at]`` on; returns where it ended."""
-        slots, pair, shared = self._slots, self._pair, self._memory.bytes
+        """Put a few commands into flight from ``pieces[at]`` on; returns where it ended."""
+        slots, pair, shared, zeros = self._slots, self._pair, self._memory.bytes, self._slots.zeros
         reading = opcode == NvmOpcode.READ
         word = opcode | self._policy.namespace << 32
         shift = self._geometry.block_size_bytes.bit_length() - 1
-        total = len(pieces)
+        total = min(len(pieces), at + _DOORBELL_COMMANDS)
         while at < total:
             block, length, data = pieces[at]
             slot = slots.take(length)
@@ -276,7 +277,7 @@ class NvmeDisk:
                 break
             start = slots.offsets[slot]
             if reading:
-                shared[start : start + length] = slots.zeros if length == slots.small_bytes else bytes(length)
+                shared[start : start + length] = zeros[:length]
             else:
                 shared[start : start + length] = data
             prp1, prp2 = slots.prps(slot, length)

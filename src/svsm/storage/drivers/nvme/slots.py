@@ -43,13 +43,13 @@ class Slots:
 
     Attributes:
         offsets: Of each buffer in `memory`.
-        zeros: As long as a small buffer.
+        zeros: As long as the largest buffer.
     """
 
     def __init__(self, memory: DmaMemory, count: int, *, small_bytes: int, large_bytes: int, large_slots: int) -> None:
         large = min(large_slots, count)
         self.small_bytes = small_bytes
-        self.zeros = bytes(small_bytes)
+        self.zeros = memoryview(bytes(max(small_bytes, large_bytes)))
         self._boundary = large
         self._large = list(range(large))
         self._small = list(range(count - 1, large - 1, -1))

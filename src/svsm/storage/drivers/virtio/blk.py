@@ -289,9 +289,10 @@ class VirtioBlk:
     def _read_geometry(self) -> None:
         """Capacity may change while the device runs; nothing else is taken over."""
         fresh = parse_geometry(self._transport.configuration(0, CONFIG_BYTES), self.features)
-        if fresh.size_bytes != self._geometry.size_bytes:
+        size = fresh.size_bytes // self._geometry.block_size_bytes * self._geometry.block_size_bytes
+        if size != self._geometry.size_bytes:
             self.resizes += 1
-            self._geometry = dataclasses.replace(self._geometry, size_bytes=fresh.size_bytes)
+            self._geometry = dataclasses.replace(self._geometry, size_bytes=size)
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
@@ -418,7 +419,13 @@ class VirtioBlk:
 
     def write(self, extents: Sequence[Extent]) -> None:
         """Write all extents; all of them are in flight together."""
-        self._check("write", [(offset, len(data)) for offset, data in extents], writing=True)
+        ranges = [(offset, len(data)) for offset, data in extents]
+        self._check("write", ranges, writing=True)
+        limit = self._piece_bytes
+        if all(0 < length <= limit for _, length in ranges):
+            self._unflushed = self._unflushed or bool(ranges)
+            self._transfer(BlkType.OUT, [(offset // SECTOR_BYTES, len(data), data) for offset, data in extents], None)
+            return
         pieces: list[Piece] = []
         for offset, data in extents:
             if len(data) <= self._piece_bytes:

@@ -82,7 +82,7 @@ class Lane:
         self._owners = [0] * slots
         self._expected = [0] * slots
         self._forms = [0] * slots  # length of the prepared data segment, negative where the device writes it
-        self._zeros = bytes(shape.small_bytes)
+        self._zeros = memoryview(bytes(shape.large_bytes))
         for slot in range(slots):
             self._prepare(slot)
 
@@ -140,7 +140,7 @@ class Lane:
             shared[statuses[slot]] = _STATUS_SENTINEL
             start = buffers[slot]
             if reading:
-                shared[start : start + length] = zeros if length == small_bytes else bytes(length)
+                shared[start : start + length] = zeros[:length]
                 form = -length
             else:
                 shared[start : start + length] = data

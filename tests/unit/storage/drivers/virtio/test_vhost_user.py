@@ -41,6 +41,7 @@ from svsm.testing.block_conformance import CHECKS, SIZE_BYTES, Check, Subject, i
 from svsm.testing.vhost_user_backend import PROTOCOL_FEATURES, Backend, Conversation, Script, reply
 from svsm.testing.virtio_harness import SMALL_POLICY, disk_file
 
+CONTENT = initial_content()
 OFFERED = ALL_FEATURES & ~int(Feature.ACCESS_PLATFORM)
 POLICY = dataclasses.replace(SMALL_POLICY, deadline_seconds=10.0, rekick_seconds=0.05)
 ANSWER_SECONDS = 0.1
@@ -61,7 +62,7 @@ class Bench:
         options: BlkOptions | None = None,
         protocol_features: int = PROTOCOL_FEATURES,
     ) -> Backend:
-        self.files.append(disk_file(SIZE_BYTES, initial_content()))
+        self.files.append(disk_file(SIZE_BYTES, CONTENT))
         self.stack.callback(os.close, self.files[-1])
         options = options or BlkOptions(features=OFFERED, queue_size=1024)
         made = Backend(self.files[-1], options, script=script, protocol_features=protocol_features)
@@ -134,7 +135,7 @@ def test_without_acknowledgements_the_start_ends_with_an_answer(bench: Bench) ->
     driver = bench.driver(backend)
     assert Request.GET_QUEUE_NUM not in backend.requests
     assert backend.requests[-1] is Request.GET_FEATURES
-    assert driver.read([(0, 4096)])[0] == initial_content()[:4096]
+    assert driver.read([(0, 4096)])[0] == CONTENT[:4096]
 
 
 def test_a_reset_in_the_same_connection(bench: Bench) -> None:
@@ -321,7 +322,7 @@ def _attack(bench: Bench, backend: Backend, seconds: float = ANSWER_SECONDS) -> 
     transport = VhostUserTransport(backend.endpoint(), shared, answer_seconds=seconds)
     driver = VirtioBlk(transport, shared.dma, policy=policy)
     bench.stack.callback(driver.close)
-    assert driver.read([(0, 512)]) == [initial_content()[:512]]
+    assert driver.read([(0, 512)]) == [CONTENT[:512]]
     transport.reset(deadline=time.monotonic() + seconds)
     # What came behind the last answer is found by the next look.
     time.sleep(0.01)
@@ -467,7 +468,7 @@ def test_a_back_end_that_fills_the_kick_and_storms_the_call(bench: Bench) -> Non
             os.eventfd_write(queue.call, 1 << 62)
         with contextlib.suppress(BlockingIOError):
             os.eventfd_write(queue.kick, (1 << 64) - 2)
-    assert driver.read([(0, 4096)] * 40) == [initial_content()[:4096]] * 40
+    assert driver.read([(0, 4096)] * 40) == [CONTENT[:4096]] * 40
 
 
 def test_speaking_without_being_asked(bench: Bench) -> None:
