@@ -51,7 +51,10 @@ def test_both_tables_of_ports_agree() -> None:
     assert COM_BASES == COM_PORTS
 
 
-@pytest.mark.parametrize("kind", list(MachineKind))
+_KINDS = [MachineKind.MICROVM, pytest.param(MachineKind.Q35, marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize("kind", _KINDS)
 def test_all_four_ports_both_ways(kind: MachineKind) -> None:
     with machine(kind) as made:
         for index in range(4):
@@ -203,7 +206,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
     return Desk(tmp_path_factory.mktemp("desk"))
 
 
-@pytest.mark.parametrize("kind", list(MachineKind))
+@pytest.mark.parametrize("kind", _KINDS)
 @pytest.mark.parametrize("mangle", [whole, one_byte_at_a_time], ids=lambda mangle: str(mangle.__name__))
 def test_the_key_comes_over_com3(kind: MachineKind, mangle: Callable[[bytes], list[bytes]], desk: Desk) -> None:
     with machine(kind, ports=3) as made:
