@@ -226,3 +226,19 @@ def test_a_line_that_loses_or_doubles_bytes_gives_no_key(mangle: Callable[[bytes
         exchange(made, desk, mangle, seconds=1)
     assert isinstance(caught.value, FormatError | ProtocolError | BackendError)
     assert time.monotonic() - begun < 12
+
+
+def test_guest_memory_is_shared_and_time_is_real() -> None:
+    with machine(ports=0) as made:
+        data = random.Random(7).randbytes(3 << 20)
+        made.qtest.memory_write(0x20_0000, data)
+        assert bytes(made.memory[0x20_0000 : 0x20_0000 + len(data)]) == data
+        made.memory[0x30_0000:0x30_0004] = b"\1\2\3\4"
+        assert made.qtest.memory_read(0x30_0000, 4) == b"\1\2\3\4"
+        assert [made.qtest.read(0x30_0000, width) for width in (1, 2, 4)] == [1, 0x201, 0x0403_0201]
+        made.qtest.write(0x30_0000, 8, 0x1122_3344_5566_7788)
+        assert made.qtest.read(0x30_0000, 8) == 0x1122_3344_5566_7788
+        with pytest.raises(BackendError) as caught:
+            made.qtest.clock_step(1000)
+        assert caught.value.code == "qemu-refused"
+        assert made.qtest.read(0x30_0000, 1) == 0x88, "a refusal does not end the conversation"
