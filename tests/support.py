@@ -10,13 +10,19 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import subprocess
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-__all__ = ["absent", "in_ci", "peer", "vectors"]
+__all__ = ["absent", "await_listener", "in_ci", "peer", "vectors"]
 
 _ROOT = Path(__file__).resolve().parent.parent
+_ACCEPTS_CONNECTIONS = 0x10000
+"""The flag of a listening socket in /proc/net/unix."""
+
 _PEER_FOLDERS = ("/usr/bin", "/usr/sbin", "/usr/local/bin")
 
 
@@ -64,3 +70,20 @@ def peer(name: str) -> Path:
     if found is None:
         raise absent(f"the peer program '{name}' is not installed")
     return Path(found)
+
+
+def await_listener(path: Path, process: subprocess.Popen[Any], *, seconds: float = 60.0) -> None:
+    """Wait until a program listens on a Unix socket: its file is there a moment before that, and refuses."""
+    deadline = time.monotonic() + seconds
+    while not _listens(path):
+        assert process.poll() is None, f"it ended before it listened on {path}"
+        assert time.monotonic() < deadline, f"nobody listens on {path}"
+        time.sleep(0.01)
+
+
+def _listens(path: Path) -> bool:
+    for line in Path("/proc/net/unix").read_text(encoding="utf-8", errors="replace").splitlines()[1:]:
+        _, _, _, flags, _, _, _, *names = line.split(maxsplit=7)
+        if names == [str(path)] and int(flags, 16) & _ACCEPTS_CONNECTIONS:
+            return True
+    return False

@@ -42,6 +42,7 @@ from svsm.launch.build import build_image
 from svsm.launch.digest import launch_digest
 from svsm.launch.payload import build_payload
 from tests.simulated import authority_keys
+from tests.support import await_listener
 
 __all__ = [
     "SILENT",
@@ -432,11 +433,7 @@ class Estate:
         assert process.stdout is not None
         if ready is None:
             return process.stdout.readline().strip()
-        deadline = time.monotonic() + START_SECONDS
-        while not ready.exists():
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        await_listener(ready, process)
         return ""
 
     def new_state(self, volume_id: str) -> Path:

@@ -26,6 +26,7 @@ from svsm.kernel.attestation import Release, attest
 from svsm.kernel.channels.stream import FramedChannel, StreamChannel
 from svsm.kernel.runtime_channel import exchange
 from tests.key_support import DIGEST, Chip, simulated_root
+from tests.support import await_listener
 
 pytestmark = pytest.mark.e2e
 
@@ -88,10 +89,8 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installat
         assert broker.stdout is not None
         url = broker.stdout.readline().strip()
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+", url)
-        with program("proxy", "--url", url, "--serial", str(serial)):
-            deadline = time.monotonic() + 10
-            while not serial.exists() and time.monotonic() < deadline:
-                time.sleep(0.02)
+        with program("proxy", "--url", url, "--serial", str(serial)) as proxy:
+            await_listener(serial, proxy)
             configuration = LaunchConfiguration.parse(output.read_bytes())
             found = Installation(state, serial, url, Settings(broker_public_key=b"x"), configuration)
             key = json.loads(found.run("key", "--json"))

@@ -279,7 +279,7 @@ def test_strace_sees_no_file_opened_after_the_mark(tmp_path: Path, role: str) ->
     # Without root strace sees calls but not the memory of a process that allows no dumps: there the mark is the line
     # of that length, and no other call writes as much.
     text = r"\"\{\\\"event\\\":\\\"confined.*" if os.geteuid() == 0 else r"0x[0-9a-f]+"
-    marks = [at for at, line in enumerate(lines) if re.search(rf"write\(\d+, {text}, {int(done.stdout)}\)", line)]
+    marks = [at for at, line in enumerate(lines) if re.search(rf"write\(\d+, {text}, {int(done.stdout)}\b", line)]
     (mark,) = marks
     process = lines[mark].split()[0]
     after = [line for line in lines[mark + 1 :] if line.startswith(process + " ")]

@@ -32,6 +32,7 @@ from svsm.launch.build import build_image
 from svsm.launch.payload import build_payload
 from svsm.testing.diskprocess import tear
 from tests.e2e.boot_support import Event, Instance, descendants, is_alive, short_folder
+from tests.support import await_listener
 
 __all__ = [
     "OWNER",
@@ -157,11 +158,7 @@ class PowerCutDisk:
         self.socket.unlink(missing_ok=True)
         command = [sys.executable, "-m", "svsm.testing.diskprocess", str(self.image), str(self.socket), str(self.spill)]
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-        deadline = time.monotonic() + 20
-        while not self.socket.exists():
-            assert self.process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        await_listener(self.socket, self.process)
 
     def collect(self, *, torn: int | None) -> None:
         """After it was killed: what it had not flushed is lost, or pieces of it still reach the file."""

@@ -26,6 +26,7 @@ from svsm.kernel.attestation import Release, attest
 from svsm.kernel.channels.stream import FramedChannel, StreamChannel
 from svsm.kernel.volume_birth import Birth
 from tests.key_support import Chip, Desk
+from tests.support import await_listener
 from tests.unit.kernel.test_volume_birth import Disk
 
 pytestmark = [
@@ -46,9 +47,7 @@ def serial(desk: Desk, tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "serial"
     words = [os.environ["SVSM_APROXY"], "--protocol", "kbs", "--url", server.url, "--unix", str(path), "--force"]
     process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 5
-    while not path.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    await_listener(path, process)
     yield path
     process.terminate()
     process.wait()

@@ -80,7 +80,8 @@ def bench(kind: str, image: Path, **options: float) -> Iterator[Bench]:
 
 
 def _quick(kind: str, check: Check) -> bool:
-    return kind == "nvme" or check.__name__ in ("writes_are_read_back", "describes_itself")
+    names = ("writes_are_read_back", "flushed_is_durable", "read_only_refuses") if kind == "nvme" else ("discards",)
+    return check.__name__ in names
 
 
 @pytest.mark.parametrize(

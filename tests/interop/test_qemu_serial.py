@@ -51,7 +51,10 @@ def test_both_tables_of_ports_agree() -> None:
     assert COM_BASES == COM_PORTS
 
 
-@pytest.mark.parametrize("kind", list(MachineKind))
+_KINDS = [MachineKind.MICROVM, pytest.param(MachineKind.Q35, marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize("kind", _KINDS)
 def test_all_four_ports_both_ways(kind: MachineKind) -> None:
     with machine(kind) as made:
         for index in range(4):
@@ -203,7 +206,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
     return Desk(tmp_path_factory.mktemp("desk"))
 
 
-@pytest.mark.parametrize("kind", list(MachineKind))
+@pytest.mark.parametrize("kind", _KINDS)
 @pytest.mark.parametrize("mangle", [whole, one_byte_at_a_time], ids=lambda mangle: str(mangle.__name__))
 def test_the_key_comes_over_com3(kind: MachineKind, mangle: Callable[[bytes], list[bytes]], desk: Desk) -> None:
     with machine(kind, ports=3) as made:
@@ -223,3 +226,19 @@ def test_a_line_that_loses_or_doubles_bytes_gives_no_key(mangle: Callable[[bytes
         exchange(made, desk, mangle, seconds=1)
     assert isinstance(caught.value, FormatError | ProtocolError | BackendError)
     assert time.monotonic() - begun < 12
+
+
+def test_guest_memory_is_shared_and_time_is_real() -> None:
+    with machine(ports=0) as made:
+        data = random.Random(7).randbytes(3 << 20)
+        made.qtest.memory_write(0x20_0000, data)
+        assert bytes(made.memory[0x20_0000 : 0x20_0000 + len(data)]) == data
+        made.memory[0x30_0000:0x30_0004] = b"\1\2\3\4"
+        assert made.qtest.memory_read(0x30_0000, 4) == b"\1\2\3\4"
+        assert [made.qtest.read(0x30_0000, width) for width in (1, 2, 4)] == [1, 0x201, 0x0403_0201]
+        made.qtest.write(0x30_0000, 8, 0x1122_3344_5566_7788)
+        assert made.qtest.read(0x30_0000, 8) == 0x1122_3344_5566_7788
+        with pytest.raises(BackendError) as caught:
+            made.qtest.clock_step(1000)
+        assert caught.value.code == "qemu-refused"
+        assert made.qtest.read(0x30_0000, 1) == 0x88, "a refusal does not end the conversation"

@@ -23,7 +23,7 @@ from typing import Protocol
 import pytest
 
 from svsm.formats import tpm
-from tests.support import peer
+from tests.support import await_listener, peer
 
 pytestmark = pytest.mark.interop
 
@@ -56,10 +56,7 @@ class Server:
         if announces and self.process.stdout is not None:
             self.ready = json.loads(self.process.stdout.readline())
         else:
-            for _ in range(500):
-                if where.exists():
-                    break
-                time.sleep(0.01)
+            await_listener(where, self.process)
 
     @property
     def tcti(self) -> str:

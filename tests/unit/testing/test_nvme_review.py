@@ -20,7 +20,18 @@ def test_attack(attack: Attack) -> None:
     assert attack.run() == attack.expected
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.attacks], ids=lambda row: f"{row.part}-{row.field}")
+_SLOW = ("no completion", "interrupts without end", "CSTS.RDY and CAP.TO")
+"""Without these the driver goes on until its clock is tired of it: seconds."""
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=f"{row.part}-{row.field}", marks=pytest.mark.long if row.field in _SLOW else ())
+        for row in ROWS
+        if row.attacks
+    ],
+)
 def test_taking_the_check_out_is_noticed(row: Row) -> None:
     assert place(row)
     assert row.without != row.check

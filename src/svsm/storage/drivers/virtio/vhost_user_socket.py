@@ -251,8 +251,6 @@ class Connection:
             if not part:
                 raise _gone()
             data += part
-            if self._clock() >= deadline and len(data) < length:
-                raise _late()
         return bytes(data)
 
     def _await(self, events: int, deadline: float) -> None:
