@@ -246,7 +246,9 @@ def test_a_disk_whose_device_dies_ends_the_machine_and_the_next_boot_has_everyth
     assert again["guest_ek_name"] == before["guest_ek_name"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, *(pytest.param(also, marks=pytest.mark.long) for also in (signal.SIGTERM, signal.SIGHUP))]
+)
 def test_a_signal_to_the_whole_process_group_is_an_orderly_stop(owner: Estate, number: signal.Signals) -> None:
     """A service manager, a shell and a terminal signal everybody; only the supervisor may act on it."""
     with Instance(owner.embedded(), "--image", str(owner.image)) as instance:

@@ -209,6 +209,11 @@ class _Front:
         self.app = BrokerApp(self.broker)
         self.requests = 0
 
+    def close(self) -> None:
+        """Take the broker and its folder away."""
+        self.broker.close()
+        self._folder.cleanup()
+
 
 _fronts: list[_Front] = []
 _MAX_REQUESTS = 2000
@@ -217,7 +222,7 @@ _MAX_REQUESTS = 2000
 def _front() -> _Front:
     if not _fronts or _fronts[0].requests > _MAX_REQUESTS:
         if _fronts:
-            _fronts.pop().broker.close()
+            _fronts.pop().close()
         _fronts.append(_Front())
     front = _fronts[0]
     front.seconds += 3600  # what an earlier input left has expired
