@@ -81,12 +81,14 @@ def told() -> Iterator[dict[str, Origins]]:
     system = System(folder, environment=environment)
     try:
         system.start()
-        parts = [event["text"] for event in system.instance.events if event.get("tpm") == "origins"]
+        instance = system.instance
         with TpmClient(system.where) as client:
             text = ""
             while part := answer(client, len(text)):
                 text += part
         assert system.stop() == 0
+        # The kernel tells its own after it is ready; by its end everything has been read.
+        parts = [event["text"] for event in instance.events if event.get("tpm") == "origins"]
         yield {"kernel": json.loads("".join(parts)), "vtpm": json.loads(text)}
     finally:
         system.close()
