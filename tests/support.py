@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
+from svsm.testing.listening import listens
+
 __all__ = ["absent", "await_listener", "in_ci", "peer", "vectors"]
 
 _ROOT = Path(__file__).resolve().parent.parent
-_ACCEPTS_CONNECTIONS = 0x10000
-"""The flag of a listening socket in /proc/net/unix."""
 
 _PEER_FOLDERS = ("/usr/bin", "/usr/sbin", "/usr/local/bin")
 
@@ -75,15 +75,7 @@ def peer(name: str) -> Path:
 def await_listener(path: Path, process: subprocess.Popen[Any], *, seconds: float = 60.0) -> None:
     """Wait until a program listens on a Unix socket: its file is there a moment before that, and refuses."""
     deadline = time.monotonic() + seconds
-    while not _listens(path):
+    while not listens(path):
         assert process.poll() is None, f"it ended before it listened on {path}"
         assert time.monotonic() < deadline, f"nobody listens on {path}"
         time.sleep(0.01)
-
-
-def _listens(path: Path) -> bool:
-    for line in Path("/proc/net/unix").read_text(encoding="utf-8", errors="replace").splitlines()[1:]:
-        _, _, _, flags, _, _, _, *names = line.split(maxsplit=7)
-        if names == [str(path)] and int(flags, 16) & _ACCEPTS_CONNECTIONS:
-            return True
-    return False

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from svsm.formats.errors import BackendError
+from svsm.testing.listening import listens
 
 __all__ = ["StorageDaemon"]
 
@@ -84,7 +85,7 @@ class StorageDaemon:
         self.nbd_socket.unlink(missing_ok=True)
         self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + _START_SECONDS
-        while not self.socket.exists():
+        while not listens(self.socket):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.kill()
                 raise BackendError("the storage daemon does not start", code="storage-daemon")
