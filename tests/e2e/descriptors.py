@@ -22,7 +22,7 @@ from pathlib import Path
 __all__ = ["COLUMNS", "Table", "Unit", "count_descriptors", "design_table", "mapped_memories", "unix_sockets"]
 
 DESIGN = Path(__file__).parents[2] / "docs" / "DESIGN.md"
-COLUMNS = ("supervisor", "broker", "proxy", "host", "hardware", "spawner", "kernel", "vtpm", "vcpu")
+COLUMNS = ("supervisor", "broker", "proxy", "host", "device", "hardware", "spawner", "kernel", "vtpm", "vcpu")
 _ALL_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 _SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _MEMORIES = {"svsm-private": "private memory", "svsm-vmpl2": "VMPL2 memory", "svsm-shared": "shared memory"}
@@ -42,6 +42,7 @@ _LISTENERS = {
 }
 _CHANNELS = {
     ("host", "hardware", "seqpacket"): "host ↔ hardware",
+    ("host", "device", "seqpacket"): "host ↔ device",
     ("hardware", "kernel", "seqpacket"): "hardware ↔ kernel",
     ("host", "kernel", "seqpacket"): "host ↔ kernel",
     ("hardware", "vcpu", "seqpacket"): "hardware ↔ vcpu",

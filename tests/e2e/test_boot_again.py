@@ -215,15 +215,35 @@ def test_of_several_first_boots_at_once_one_wins(owner: Estate) -> None:
 
 
 @pytest.mark.long
-def test_one_disk_serves_one_instance(used: Vm) -> None:
+@pytest.mark.parametrize(("here", "there"), [("file", "file"), ("file", "direct"), ("direct", "file")])
+def test_one_disk_serves_one_instance(used: Vm, here: str, there: str) -> None:
+    """Whoever holds the file, its device process or the kernel itself, holds its lock."""
     first, second = used.twin(), used.twin()
-    words = ("--disk", f"file:{first.disk}")
-    with first.boot(*words) as instance:
+    words = ("--disk", f"{there}:{first.disk}")
+    with first.boot("--disk", f"{here}:{first.disk}") as instance:
         instance.ready()
         with second.boot(*words) as other:
             ended = other.ended()
         assert (ended.exit_code, ended.code) == (1, "block-in-use")
         assert random_bytes(first.state / "run" / "vtpm0.sock") is not None
+
+
+@pytest.mark.usefixtures("as_root")
+def test_a_disk_whose_device_dies_ends_the_machine_and_the_next_boot_has_everything(used: Vm) -> None:
+    """The next one without the device process: what both ways of reaching the file see is the same volume."""
+    vm = used.twin()
+    with vm.boot() as instance:
+        before = instance.ready()
+        victim = process_of(instance.process.pid, Role.DEVICE)
+        assert victim is not None
+        os.kill(victim, signal.SIGKILL)
+        ended = instance.ended(seconds=20)
+    assert (ended.exit_code, ended.code, ended.details["role"]) == (1, "boot-role-ended", "device")
+    with vm.boot("--disk", f"direct:{vm.disk}") as instance:
+        again = instance.ready()
+        assert process_of(instance.process.pid, Role.DEVICE) is None
+    assert again["ek_name"] == before["ek_name"]
+    assert again["guest_ek_name"] == before["guest_ek_name"]
 
 
 @pytest.mark.parametrize(

@@ -146,18 +146,33 @@ def test_somebodys_volume_is_not_formatted_for_a_new_row(owner: Estate, used: Vm
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["directory", "device", "missing", "nobody listens", "not a disk"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "directory",
+        "device",
+        "missing",
+        "directory, direct",
+        "device, direct",
+        "missing, direct",
+        "nobody listens",
+        "not a disk",
+    ],
+)
 def test_what_is_no_disk_is_refused(used: Vm, place: Path, kind: str) -> None:
     vm = used.twin()
     words = {
         "directory": f"file:{place}",
         "device": "file:/dev/full",
         "missing": f"file:{place / 'none'}",
+        "directory, direct": f"direct:{place}",
+        "device, direct": "direct:/dev/full",
+        "missing, direct": f"direct:{place / 'none'}",
         "nobody listens": f"process:{place / 'none'}",
         "not a disk": f"process:{vm.estate.serial}",  # a proxy listens there
     }
     ended = refused(vm, options=("--disk", words[kind]))
-    expected = {"device": "disk-kind", "not a disk": "block-io"}.get(kind, "disk-open")
+    expected = {"device": "disk-kind", "device, direct": "disk-kind", "not a disk": "block-io"}.get(kind, "disk-open")
     assert (ended.exit_code, ended.code) == (1, expected)
 
 

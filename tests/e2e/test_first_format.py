@@ -229,7 +229,7 @@ def test_a_power_cut_at_every_write_and_flush(owner: Estate, place: Path, share:
 @pytest.mark.parametrize("seed", range(2))
 def test_a_kill_of_one_process_at_random_times(owner: Estate, seed: int) -> None:
     rng = random.Random(seed)
-    for role in (Role.KERNEL, Role.HARDWARE, Role.HOST, None):
+    for role in (Role.KERNEL, Role.HARDWARE, Role.HOST, Role.DEVICE, None):
         state = owner.embedded()
         with Instance(state, "--image", str(owner.image)) as instance:
             if role is None:

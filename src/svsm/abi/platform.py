@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import os
 import socket
 from collections.abc import Mapping
 from typing import NewType, Protocol
@@ -21,6 +22,7 @@ __all__ = [
     "AttestationReport",
     "Device",
     "DeviceKind",
+    "DeviceRegisters",
     "Gpa",
     "GuestExit",
     "Permission",
@@ -74,6 +76,8 @@ class DeviceKind(enum.StrEnum):
     SERIAL = "serial"
     DISK = "disk"
     CLIENT = "client"
+    VIRTIO_MMIO = "virtio-mmio"
+    """A disk behind registers, not behind a descriptor."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -86,7 +90,30 @@ class Device:
     port: int
     """Of a client: 0 control, 1 data."""
     descriptor: int
-    """Who takes the device owns it and closes it."""
+    """Who takes the device owns it and closes it; -1 for a device behind registers."""
+    gpa: Gpa = Gpa(0)
+    """Of the registers."""
+
+    def close(self) -> None:
+        """Close the descriptor, if there is one."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
+class DeviceRegisters(Protocol):
+    """A device's register window. Every value that comes out of it is the host's."""
+
+    def read32(self, offset: int) -> int:
+        """The register at a byte offset."""
+
+    def write32(self, offset: int, value: int) -> None:
+        """Set a register."""
+
+    def wait_interrupt(self, seconds: float) -> bool:
+        """Until an interrupt arrives, at most so long; whether one did. It may be spurious."""
+
+    def close(self) -> None:
+        """Let go."""
 
 
 class Platform(Protocol):
@@ -143,6 +170,12 @@ class Platform(Protocol):
 
     def next_device(self) -> Device | None:
         """The oldest device that the host has handed over, or None. `fileno` polls readable when one arrives."""
+
+    def registers(self, gpa: Gpa) -> DeviceRegisters:
+        """The register window of a VIRTIO_MMIO device. Raises `ProtocolError` where no such window may be."""
+
+    def device_memory(self) -> tuple[Gpa, memoryview]:
+        """Shared memory for one device's rings and buffers, and where it is: at every byte's disposal of the host."""
 
     def take_interrupt(self) -> bool:
         """Whether the host has interrupted the guest since the last call (a halted vCPU may go on then)."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from svsm.cli.supervisor.bodies import Disk
+    from svsm.cli.supervisor.disk import Disk
 
 __all__ = ["configure"]
 
@@ -30,7 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--disk",
         type=_disk,
         metavar="KIND:PATH",
-        help="file:PATH or process:SOCKET (default: an 8 MiB file in the state)",
+        help="file:PATH (virtio), direct:PATH or process:SOCKET (default: an 8 MiB file in the state)",
     )
     parser.add_argument(
         "--tpm-tcp", type=_port, metavar="PORT", help="serve the TPM on loopback too: data on PORT, control on PORT+1"
@@ -79,9 +79,11 @@ def _abi(text: str) -> int:
 
 
 def _disk(text: str) -> Disk:
-    from svsm.cli.supervisor.bodies import Disk
+    from svsm.cli.supervisor.disk import Disk, DiskKind
 
-    found = re.fullmatch(r"(file|process):(.+)", text)
+    found = re.fullmatch(r"(file|direct|process):(.+)", text)
     if found is None:
-        raise argparse.ArgumentTypeError(f"{text} is no disk that can be used yet: file:PATH or process:SOCKET")
-    return Disk(Path(found[2]).absolute(), process=found[1] == "process", create_bytes=None)
+        raise argparse.ArgumentTypeError(
+            f"{text} is no disk that can be used yet: file:PATH, direct:PATH or process:SOCKET"
+        )
+    return Disk(Path(found[2]).absolute(), DiskKind(found[1]))

@@ -33,6 +33,7 @@ class Role(enum.Enum):
     HOST = "host"
     PROXY = "proxy"
     BROKER = "broker"
+    DEVICE = "device"
 
 
 class Test(enum.Enum):
@@ -216,6 +217,7 @@ ROLES: dict[Role, tuple[Allow, ...]] = {
     Role.SPAWNER: _RUNTIME + _MESSAGES + _FILES + _DISK + _START_PROCESSES,
     Role.VCPU: _RUNTIME + _EXEC_MEMORY + _MESSAGES,
     Role.HOST: _RUNTIME + _NO_EXEC + _MESSAGES + _DISK + _FILES + _NETWORK,
+    Role.DEVICE: _RUNTIME + _NO_EXEC + _MESSAGES + _DISK,
     Role.PROXY: _RUNTIME + _NO_EXEC + _MESSAGES + _FILES + _NETWORK,
     Role.BROKER: _RUNTIME + _NO_EXEC + _MESSAGES + _DISK + _FILES + _NETWORK,
 }

@@ -28,6 +28,7 @@ from svsm.formats.snp import ghcb
 from svsm.formats.snp.hardware_messages import MAX_MESSAGE, HostCommand, Message
 from svsm.host.hardware_port import HardwarePort
 from svsm.host.launcher import Launched, launch_image
+from svsm.host.mmio_relay import MmioRelay
 
 __all__ = ["DeviceOffer", "Hypervisor", "HypervisorEnd", "Listener", "run_hypervisor"]
 
@@ -84,6 +85,7 @@ class Hypervisor:
         kernel: SOCK_SEQPACKET to the kernel; owned.
         shared_fd: The shared memfd.
         listeners: Socket fronts.
+        mmio: A device behind registers.
         notify: See `Notify`.
     """
 
@@ -94,6 +96,7 @@ class Hypervisor:
         shared_fd: int,
         *,
         listeners: Sequence[Listener] = (),
+        mmio: MmioRelay | None = None,
         notify: Notify = lambda _name, _details: None,
     ) -> None:
         kernel.setblocking(False)
@@ -101,6 +104,7 @@ class Hypervisor:
         self._kernel: socket.socket | None = kernel
         self._shared_fd = shared_fd
         self._listeners = list(listeners)
+        self._mmio = mmio
         self._notify = notify
         self._outgoing: list[tuple[bytes, int | None]] = []
         self._vmsas: dict[int, int] = {}
@@ -135,6 +139,12 @@ class Hypervisor:
             os.close(device.descriptor)
             return
         self._queue(message.pack(), device.descriptor)
+
+    def offer_mmio(self) -> None:
+        """Tell the kernel where the registers of the disk are."""
+        if self._mmio is not None:
+            arguments = (ghcb.DeviceKind.VIRTIO_MMIO, 0, 0, self._mmio.gpa)
+            self._queue(Message(ghcb.HostMessage.DEVICE, arguments).pack(), None)
 
     def interrupt(self) -> None:
         """Wake the guest's vCPU if it has halted. May be called from another thread."""
@@ -177,15 +187,26 @@ class Hypervisor:
             poll.register(self._kernel, select.POLLIN | (select.POLLOUT if self._outgoing else 0))
         for listener in self._listeners:
             poll.register(listener.sock, select.POLLIN)
+        if self._mmio is not None and not self._mmio.closed:
+            poll.register(self._mmio, select.POLLIN)
         for descriptor, events in poll.poll():
             if descriptor == self._hardware.fileno():
                 self._hardware.read_notice()
+            elif self._mmio is not None and descriptor == self._mmio.fileno():
+                self._serve_device(self._mmio)
             elif self._kernel is not None and descriptor == self._kernel.fileno():
                 self._flush()
                 if events & ~select.POLLOUT:
                     self._serve_kernel()
             else:
                 self._accept(descriptor)
+
+    def _serve_device(self, mmio: MmioRelay) -> None:
+        answers, interrupted = mmio.receive()
+        for answer in answers:
+            self._queue(answer.pack(), None)
+        if interrupted:
+            self._send_at_once(ghcb.HostMessage.DEVICE_INTERRUPT)
 
     def _accept(self, descriptor: int) -> None:
         for listener in self._listeners:
@@ -204,6 +225,8 @@ class Hypervisor:
     def _finish(self, end: HypervisorEnd) -> HypervisorEnd:
         self._close_kernel()
         self._hardware.close()
+        if self._mmio is not None and not self._mmio.closed:
+            self._mmio.close()
         for listener in self._listeners:
             listener.sock.close()
         self._notify("ended", dataclasses.asdict(end))
@@ -238,6 +261,8 @@ class Hypervisor:
     def _exit(self, message: Message) -> Message | None:
         """Do what a GHCB exit asks for; None when the answer comes later, or never."""
         code, info_1, info_2, rax, rbx, *_ = message.arguments
+        if code in (ghcb.ExitCode.MMIO_READ, ghcb.ExitCode.MMIO_WRITE):
+            return self._mmio.access(message) if self._mmio is not None else message.answer(0, _FAILED)
         if code == ghcb.ExitCode.GUEST_REQUEST:
             return message.answer(0, self._relay(info_1, info_2))
         if code == ghcb.ExitCode.EXT_GUEST_REQUEST:

@@ -13,7 +13,6 @@ The kernel opens nothing: what it uses arrived as named descriptors, or is hande
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from collections.abc import Callable
@@ -129,11 +128,11 @@ class Kernel:
             ],
         )
 
-    def _device(self, kind: DeviceKind) -> Device:
-        """Wait for the first device of a kind; a few others are kept for later, the rest are closed."""
+    def _device(self, *kinds: DeviceKind) -> Device:
+        """Wait for the first device of one of the kinds; a few others are kept for later, the rest are closed."""
         deadline = time.monotonic() + _DEVICE_SECONDS
         for kept in self._devices:
-            if kept.kind is kind:
+            if kept.kind in kinds:
                 self._devices.remove(kept)
                 return kept
         # The host may offer devices without end: neither their number nor the waiting may grow with them.
@@ -144,21 +143,21 @@ class Kernel:
                     break
                 self._platform.take_interrupt()  # no guest runs yet that it could wake
                 self._platform.wait(deadline=deadline)
-            elif device.kind is kind:
+            elif device.kind in kinds:
                 return device
             elif len(self._devices) < _MAX_KEPT_DEVICES:
                 self._devices.append(device)
             else:
-                os.close(device.descriptor)
+                device.close()
         raise BackendError(
-            f"the host gives no {kind.value}",
+            f"the host gives no {kinds[0].value}",
             code="boot-device-missing",
             hint="the hypervisor must offer a serial line and a disk",
-            device=kind.value,
+            device=kinds[0].value,
         )
 
     def _open_volume(self, release: Release, birth: Birth) -> Volume:
-        device = open_disk(self._device(DeviceKind.DISK).descriptor)
+        device = open_disk(self._platform, self._device(DeviceKind.DISK, DeviceKind.VIRTIO_MMIO))
         disk = VolumeDisk(device, key=release.volume_key, volume_id=release.configuration.volume_id)
         action = birth.decide(disk)
         if action is Action.FORMAT:
@@ -257,7 +256,7 @@ class Kernel:
 
     def _take_device(self, device: Device) -> None:
         if device.kind is not DeviceKind.CLIENT or device.index >= len(self._tpms):
-            os.close(device.descriptor)
+            device.close()
             return
         endpoint = Endpoint.DATA if device.port else Endpoint.CONTROL
         try:

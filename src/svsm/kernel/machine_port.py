@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from svsm.abi.errors import BackendError, ProtocolError, SvsmError
-from svsm.abi.platform import Device, DeviceKind
+from svsm.abi.platform import Device, DeviceKind, Gpa
 from svsm.formats.snp import ghcb
 from svsm.formats.snp.hardware_messages import (
     ANSWER,
@@ -41,7 +41,9 @@ _DEVICES: Final = {
     ghcb.DeviceKind.SERIAL: DeviceKind.SERIAL,
     ghcb.DeviceKind.DISK: DeviceKind.DISK,
     ghcb.DeviceKind.CLIENT: DeviceKind.CLIENT,
+    ghcb.DeviceKind.VIRTIO_MMIO: DeviceKind.VIRTIO_MMIO,
 }
+_NOTICES: Final = (ghcb.HostMessage.INTERRUPT, ghcb.HostMessage.SHUTDOWN, ghcb.HostMessage.DEVICE_INTERRUPT)
 _MAX_DESCRIPTORS: Final = 253
 _MAX_BATCH: Final = 64
 
@@ -171,6 +173,7 @@ class HostPort:
         self._devices: collections.deque[Device] = collections.deque()
         self._nonsense = 0
         self._interrupt = False
+        self._device_interrupt = False
         self._shutdown_seen = True
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._event_set = False
@@ -255,6 +258,24 @@ class HostPort:
         self._signal()
         return interrupt
 
+    def wait_device_interrupt(self, *, deadline: float) -> bool:
+        """Wait for a device's interrupt that nobody has seen yet; False when the time is over.
+
+        Raises:
+            BackendError: ``platform-host-gone``.
+        """
+        while True:
+            self.drain()
+            if self._device_interrupt:
+                self._device_interrupt = False
+                return True
+            if self.closed:
+                raise self._gone("hung up")
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            select.select([self._sock], [], [], left)
+
     def look_for_shutdown(self) -> bool:
         """Whether the host has asked for the end."""
         self.drain()
@@ -314,19 +335,25 @@ class HostPort:
             if message.identifier in self._waiting:
                 self._waiting[message.identifier] = message
             return
-        if message.kind in (ghcb.HostMessage.INTERRUPT, ghcb.HostMessage.SHUTDOWN) and not descriptors:
+        if message.kind in _NOTICES and not descriptors:
             self._interrupt = self._interrupt or message.kind == ghcb.HostMessage.INTERRUPT
+            self._device_interrupt = self._device_interrupt or message.kind == ghcb.HostMessage.DEVICE_INTERRUPT
             if message.kind == ghcb.HostMessage.SHUTDOWN and not self.shutdown_asked:
                 self.shutdown_asked, self._shutdown_seen = True, False
             return
-        kind, index, port, *_ = message.arguments
+        kind, index, port, gpa, *_ = message.arguments
         known = message.kind == ghcb.HostMessage.DEVICE and kind in _DEVICES
-        if not known or len(descriptors) != 1 or index >= 1 << 16 or port > 1:
+        behind_registers = kind == ghcb.DeviceKind.VIRTIO_MMIO
+        if not known or len(descriptors) != (not behind_registers) or index >= 1 << 16 or port > 1:
             raise ProtocolError("the host sent no message", code="platform-host-message", got=message.kind)
         if len(self._devices) >= MAX_DEVICES:
             _close(descriptors)
             return
-        self._devices.append(Device(_DEVICES[ghcb.DeviceKind(kind)], index, port, descriptors[0]))
+        kind_of_device = _DEVICES[ghcb.DeviceKind(kind)]
+        if behind_registers:
+            self._devices.append(Device(kind_of_device, index, port, -1, Gpa(gpa)))
+        else:
+            self._devices.append(Device(kind_of_device, index, port, descriptors[0]))
 
     @staticmethod
     def _late() -> BackendError:

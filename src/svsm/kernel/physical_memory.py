@@ -124,6 +124,15 @@ class PhysicalWindow:
         self._check_mapped(gpa, len(data))
         ctypes.memmove(self._base + gpa, bytes(data), len(data))
 
+    def view(self, gpa: int, length: int) -> memoryview:
+        """Mapped memory itself, writable: for what shares its pages with a device. The pages must stay mapped.
+
+        Raises:
+            ProtocolError: ``platform-not-validated``, ``platform-address``.
+        """
+        self._check_mapped(gpa, length)
+        return memoryview((ctypes.c_ubyte * length).from_address(self._base + gpa)).cast("B")
+
     def close(self) -> None:
         """Unmap everything, the reservation too."""
         self._libc.munmap(self._base, self.size_bytes)

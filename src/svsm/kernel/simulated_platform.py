@@ -29,6 +29,7 @@ from svsm.formats.snp.secrets import SecretsPage
 from svsm.formats.snp.vmsa import VmsaView
 from svsm.kernel.guest_requests import Again, GuestRequestChannel, Received
 from svsm.kernel.machine_port import HostPort, InstructionPort
+from svsm.kernel.mmio import MmioRegisters
 from svsm.kernel.physical_memory import MemoryKind, PhysicalWindow
 
 __all__ = [
@@ -45,7 +46,8 @@ __all__ = [
 LARGE_PAGE_SIZE: Final = 2 * 1024 * 1024
 SHARED_GPA: Final = 0x3000_0000
 """A range that is never assigned: what kernel and host exchange lies here."""
-SHARED_LENGTH: Final = 0x10_0000
+SHARED_LENGTH: Final = 0x40_0000
+"""The first MiB is for exits and the guest's mailbox, the rest (`ghcb.DEVICE_MEMORY_GPA`) for the disk."""
 WINDOW_BYTES: Final = 0x4800_0000
 """The kernel maps guest-physical addresses below this."""
 CERTIFICATE_PAGES: Final = 16
@@ -56,6 +58,7 @@ _REQUEST: Final = SHARED_GPA
 _RESPONSE: Final = SHARED_GPA + 0x1000
 _LIST: Final = SHARED_GPA + 0x2000
 _TEXT: Final = SHARED_GPA + 0x3000
+_SCRATCH: Final = SHARED_GPA + 0x4000
 _CERTIFICATES: Final = SHARED_GPA + 0x1_0000
 _NO_EXIT: Final = (1 << 64) - 1
 _GUEST_VMPL: Final = 2
@@ -323,6 +326,15 @@ class SimulatedPlatform:
     def next_device(self) -> Device | None:
         """See `Platform`."""
         return self._host.next_device()
+
+    def registers(self, gpa: Gpa) -> MmioRegisters:
+        """See `Platform`. Raises ``platform-mmio``."""
+        return MmioRegisters(self._host, self._window, gpa, scratch_gpa=_SCRATCH, seconds=self._host_seconds)
+
+    def device_memory(self) -> tuple[Gpa, memoryview]:
+        """See `Platform`."""
+        gpa = Gpa(ghcb.DEVICE_MEMORY_GPA)
+        return gpa, self._window.view(gpa, ghcb.DEVICE_MEMORY_BYTES)
 
     def take_interrupt(self) -> bool:
         """See `Platform`."""

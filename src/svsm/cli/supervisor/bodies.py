@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from svsm.cli.supervisor.disk import Disk, connect
 from svsm.cli.supervisor.roles import Emit
 from svsm.confine import PathRule, enter
 from svsm.confine.identity import role_uid
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 __all__ = [
     "BROKER_MODULES",
     "MACHINE_MODULES",
-    "Disk",
     "HostDevices",
     "broker_body",
     "hardware_body",
@@ -66,6 +66,7 @@ MACHINE_MODULES = (
     "svsm.hardware.processes",
     "svsm.hardware.vcpu",
     "svsm.host.devices.guest_driver",
+    "svsm.host.devices.virtio_process",
     "svsm.host.hypervisor",
     "svsm.host.proxy",
 )
@@ -263,49 +264,9 @@ def vcpu_body(sock: socket.socket, *, vmpl2: int, shared: int, landlock_cap: int
     return body
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Disk:
-    """Where the disk is."""
-
-    path: Path
-    process: bool
-    """A disk process listens at `path`; otherwise it is a file or block device."""
-    create_bytes: int | None
-    """Size of a file to make where there is none; None: it must exist."""
-
-    def open(self) -> int:
-        """A descriptor for the kernel.
-
-        Raises:
-            BackendError: ``disk-open``.
-        """
-        try:
-            if self.process:
-                return _connect(self.path)
-            flags = os.O_RDWR | os.O_CLOEXEC
-            if self.create_bytes is None:
-                return os.open(self.path, flags)
-            descriptor = os.open(self.path, flags | os.O_CREAT, 0o600)
-            if os.fstat(descriptor).st_size == 0:
-                os.ftruncate(descriptor, self.create_bytes)
-            return descriptor
-        except OSError as failed:
-            raise BackendError(
-                f"the disk {self.path} cannot be opened: {failed.strerror}",
-                code="disk-open",
-                hint="check the path, its permissions and that a disk process listens there if one should",
-            ) from failed
-
-
-def _connect(path: Path) -> int:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.connect(str(path))
-        return connection.detach()
-
-
 def _serial(path: Path) -> int:
     try:
-        return _connect(path)
+        return connect(path)
     except OSError as failed:
         raise BackendError(
             f"no proxy listens on {path}: {failed.strerror}",
@@ -320,11 +281,18 @@ class HostDevices:
 
     serial: Path
     """The proxy's listening socket."""
-    disk: Disk
+    disk: Disk | socket.socket
+    """What to hand over, or the register channel of a disk behind a device process."""
     fronts: tuple[tuple[socket.socket, int, int], ...]
     """Listening sockets: (socket, TPM index, port: 0 control, 1 data)."""
     guest_driver: socket.socket | None
     """Listening: who connects makes the guest do SVSM calls."""
+
+    @property
+    def sockets(self) -> list[socket.socket]:
+        """What the role keeps of it."""
+        optional = [self.guest_driver, None if isinstance(self.disk, Disk) else self.disk]
+        return [front[0] for front in self.fronts] + [sock for sock in optional if sock is not None]
 
 
 def host_body(
@@ -346,8 +314,10 @@ def host_body(
         from svsm.host.devices.guest_driver import GuestDriver
         from svsm.host.hardware_port import HardwarePort
         from svsm.host.hypervisor import DeviceOffer, Hypervisor, Listener
+        from svsm.host.mmio_relay import MmioRelay
 
-        serial, disk = _serial(devices.serial), devices.disk.open()
+        serial = _serial(devices.serial)
+        disk = devices.disk.open() if isinstance(devices.disk, Disk) else MmioRelay(devices.disk, shared)
         isolation = enter(Role.HOST, uid=role_uid(Role.HOST), tcp=True, parent=supervisor, landlock_cap=landlock_cap)
         emit("host", isolation=isolation.as_json())
         port = HardwarePort(hardware)
@@ -356,12 +326,16 @@ def host_body(
             kernel,
             shared,
             listeners=[Listener(*front) for front in devices.fronts],
+            mmio=disk if isinstance(disk, MmioRelay) else None,
             notify=lambda name, details: emit(f"host-{name}", **details),
         )
         try:
             launched = _launch(hypervisor, image, configuration)
             hypervisor.offer(DeviceOffer(DeviceKind.SERIAL, serial))
-            hypervisor.offer(DeviceOffer(DeviceKind.DISK, disk))
+            if isinstance(disk, MmioRelay):
+                hypervisor.offer_mmio()
+            else:
+                hypervisor.offer(DeviceOffer(DeviceKind.DISK, disk))
             hypervisor.start(launched)
         except SvsmError:
             port.stop()

@@ -18,8 +18,9 @@ import time
 from pathlib import Path
 
 from svsm.cli.supervisor import bodies
-from svsm.cli.supervisor.bodies import Disk, HostDevices
+from svsm.cli.supervisor.bodies import HostDevices
 from svsm.cli.supervisor.demonstration import guest_random, socket_random
+from svsm.cli.supervisor.disk import Disk, DiskKind, device_body
 from svsm.cli.supervisor.image import Image, image_body
 from svsm.cli.supervisor.progress import Progress
 from svsm.cli.supervisor.release import Release, last_release, remember, what_changed
@@ -115,9 +116,8 @@ class Session:
         with progress.step("machine", "Simulated SEV-SNP machine"):
             fronts, tcti = self._fronts(state)
             driver = listen(state.folder("run") / "guest.sock")
-            disk = self._options.disk or Disk(
-                state.folder("host") / "disk.img", process=False, create_bytes=_DISK_BYTES
-            )
+            default = Disk(state.folder("host") / "disk.img", DiskKind.FILE, create_bytes=_DISK_BYTES)
+            disk = self._options.disk or default
             devices = HostDevices(serial=serial, disk=disk, fronts=fronts, guest_driver=driver)
             self._start_machine(state, image, configuration, devices)
             chip_digest = str(self._watch.await_event("host-launched")["digest"])
@@ -293,9 +293,10 @@ class Session:
                 self._watch.start("vcpu", vcpu, [vcpu_hardware.fileno(), memory["vmpl2"], memory["shared"]])
             else:
                 self._progress.note("no guest runs: the optional package unicorn is missing (pip install svsm[guest])")
-            listeners = [front[0] for front in devices.fronts]
-            if devices.guest_driver is not None:
-                listeners.append(devices.guest_driver)
+            if isinstance(devices.disk, Disk) and devices.disk.kind is DiskKind.FILE:
+                host_device, device_host = pair()
+                self._start_device(devices.disk, device_host, memory["shared"])
+                devices = dataclasses.replace(devices, disk=host_device)
             self._watch.start(
                 "host",
                 bodies.host_body(
@@ -314,12 +315,17 @@ class Session:
                     memory["shared"],
                     image.descriptor,
                     host_control.fileno(),
-                    *(listener.fileno() for listener in listeners),
+                    *(sock.fileno() for sock in devices.sockets),
                 ],
             )
             os.close(image.descriptor)
-            for listener in listeners:
-                listener.close()
+            for sock in devices.sockets:
+                sock.close()
+
+    def _start_device(self, disk: Disk, registers: socket.socket, shared: int) -> None:
+        """The disk's own process."""
+        body = device_body(disk, registers, shared, landlock_cap=self._options.landlock_cap)
+        self._watch.start("device", body, [registers.fileno(), shared])
 
     def _kernel_steps(self) -> None:
         progress = self._progress
@@ -388,7 +394,7 @@ class Session:
         self._watch.stop_asked = True
         if self._power is not None:
             self._power.close()
-        self._watch.end(("host", "hardware", "vcpu"), seconds=_STOP_SECONDS if in_order else 1.0)
+        self._watch.end(("host", "hardware", "vcpu", "device"), seconds=_STOP_SECONDS if in_order else 1.0)
         with contextlib.suppress(FileNotFoundError):
             (self._options.state / "run" / "ready.json").unlink()
 

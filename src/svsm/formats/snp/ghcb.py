@@ -6,8 +6,12 @@ it sends the same values (exit code, the two info words, RAX, RBX) as one `Messa
 answers with the info words and RBX. Buffers stay where the specification puts them: guest messages, certificate
 tables and page-state-change lists are in shared pages, named by their gpa. A VMPL2 guest uses the MSR protocol.
 
-Host → kernel `DEVICE` messages carry one descriptor each. Nothing in any of them is believed: not the numbers, not
-the kind of the descriptor.
+Host → kernel `DEVICE` messages carry one descriptor each, or the address of a register window. Nothing in any of them
+is believed: not the numbers, not the kind of the descriptor.
+
+A register window is no memory: every access to it is an MMIO exit, whose value travels in shared memory at the scratch
+address. The kernel accepts windows in one range (`MMIO_GPA`), and a device reaches one range of shared memory
+(`DEVICE_MEMORY_GPA`) and no other.
 """
 
 from __future__ import annotations
@@ -23,7 +27,12 @@ __all__ = [
     "ANSWER_INFO_1",
     "ANSWER_INFO_2",
     "ANSWER_RBX",
+    "DEVICE_MEMORY_BYTES",
+    "DEVICE_MEMORY_GPA",
     "GHCB_MSR",
+    "MMIO_BYTES",
+    "MMIO_GPA",
+    "MMIO_WIDTH_BYTES",
     "PSC_LIST_BYTES",
     "PSC_MAX_ENTRIES",
     "DeviceKind",
@@ -47,22 +56,34 @@ ANSWER_INFO_2: Final = 1
 ANSWER_RBX: Final = 2
 """Positions in an EXIT answer's arguments."""
 
+MMIO_GPA: Final = 0xFEB0_0000
+"""Register windows lie here; never memory."""
+MMIO_BYTES: Final = 0x1_0000
+MMIO_WIDTH_BYTES: Final = 4
+"""Every access of ours has this width."""
+DEVICE_MEMORY_GPA: Final = 0x3010_0000
+"""Shared memory for rings and buffers of the disk."""
+DEVICE_MEMORY_BYTES: Final = 0x30_0000
+
 
 class HostMessage(enum.IntEnum):
     """Kernel ↔ host."""
 
     EXIT = 0x401
-    """From the kernel: exit code, info 1, info 2, RAX, RBX. Answer: info 1, info 2, RBX."""
+    """From the kernel: exit code, info 1, info 2, RAX, RBX, scratch address. Answer: info 1, info 2, RBX."""
     DEVICE = 0x402
-    """From the host, one descriptor: `DeviceKind`, index (which TPM or disk), port (0 control or only, 1 data)."""
+    """From the host, one descriptor: `DeviceKind`, index (which TPM or disk), port (0 control or only, 1 data); without
+    a descriptor for VIRTIO_MMIO, whose fourth argument is the address of its registers."""
     INTERRUPT = 0x403
     """From the host: wake the guest's vCPU if it has halted. No arguments, no answer."""
     SHUTDOWN = 0x404
     """From the host: the operator presses the power button; the kernel ends in order. No arguments, no answer."""
+    DEVICE_INTERRUPT = 0x405
+    """From the host: a device with registers has something to say, perhaps. No arguments, no answer."""
 
 
 class DeviceKind(enum.IntEnum):
-    """What a DEVICE message's descriptor is said to be."""
+    """What a DEVICE message's device is said to be."""
 
     SERIAL = 1
     """A connected stream to the attestation proxy."""
@@ -70,6 +91,8 @@ class DeviceKind(enum.IntEnum):
     """An open disk file."""
     CLIENT = 3
     """A connected client of a TPM's socket front."""
+    VIRTIO_MMIO = 4
+    """A disk behind a virtio-mmio register window; comes without a descriptor."""
 
 
 class ExitCode(enum.IntEnum):
@@ -79,6 +102,10 @@ class ExitCode(enum.IntEnum):
     SHUTDOWN = 0x7F
     NPF = 0x400
     VMGEXIT = 0x403
+    MMIO_READ = 0x8000_0001
+    """info 1 = address, info 2 = bytes; the value comes to the scratch address."""
+    MMIO_WRITE = 0x8000_0002
+    """info 1 = address, info 2 = bytes; the value is at the scratch address."""
     PAGE_STATE_CHANGE = 0x8000_0010
     GUEST_REQUEST = 0x8000_0011
     EXT_GUEST_REQUEST = 0x8000_0012

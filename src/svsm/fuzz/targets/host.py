@@ -74,7 +74,7 @@ def _port_step(choices: Choices, port: HostPort, theirs: socket.socket, started:
         _send_as_host(choices, theirs, started)
     elif operation == 1:
         while (device := port.next_device()) is not None:
-            os.close(device.descriptor)
+            device.close()
             expect(0 <= device.index < 1 << 16 and device.port in (0, 1), "a device is in its range")
     elif operation == 2:
         started.append(port.start(choices.number(), choices.number(), deadline=0.0))

@@ -89,8 +89,8 @@ class BlkBackend:
         self.flushes = 0
 
     def measure(self) -> None:
-        """Take the capacity from the file."""
-        self.capacity = os.fstat(self._descriptor).st_size // SECTOR_BYTES
+        """Take the capacity from the file or block device."""
+        self.capacity = os.lseek(self._descriptor, 0, os.SEEK_END) // SECTOR_BYTES
 
     def configuration(self) -> bytes:
         """The configuration space."""
