@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 
+from svsm.formats import vhost_user_messages
 from svsm.formats.errors import SvsmError
 from svsm.formats.nvme import Completion, NvmeRegister
 from svsm.formats.vhost_user import Request
@@ -17,7 +18,6 @@ from svsm.formats.virtio import BlkConfig
 from svsm.fuzz.choices import Choices
 from svsm.fuzz.target import Target, expect, judge
 from svsm.storage.drivers.nvme.disk import NvmeDisk
-from svsm.storage.drivers.virtio import vhost_user_messages
 from svsm.storage.drivers.virtio.blk_config import parse_geometry
 from svsm.testing.hostile.mixture import mixture
 from svsm.testing.hostile.trial import RINGS, run

@@ -34,7 +34,6 @@ from collections.abc import Callable
 from typing import Final
 
 from svsm.formats.errors import BackendError, ProtocolError, SvsmError
-from svsm.formats.record import Record
 from svsm.formats.vhost_user import (
     MAX_CONFIG_BYTES,
     ConfigHeader,
@@ -42,20 +41,22 @@ from svsm.formats.vhost_user import (
     Request,
     U64Payload,
     VhostFeature,
-    VringAddress,
     VringState,
 )
-from svsm.formats.virtio import DeviceType, Feature, QueueAddresses
-from svsm.storage.drivers.checks import closed_error
-from svsm.storage.drivers.virtio.blk import BlkPolicy, VirtioBlk, memory_bytes
-from svsm.storage.drivers.virtio.transport import Events, Transport
-from svsm.storage.drivers.virtio.vhost_user_messages import (
+from svsm.formats.vhost_user_messages import (
+    choose_protocol_features,
+    demand_protocol_features,
     get_config,
     judge_config,
     judge_queues,
     judge_vring,
     memory_table,
+    vring_messages,
 )
+from svsm.formats.virtio import DeviceType, Feature, QueueAddresses
+from svsm.storage.drivers.checks import closed_error
+from svsm.storage.drivers.virtio.blk import BlkPolicy, VirtioBlk, memory_bytes
+from svsm.storage.drivers.virtio.transport import Events, Transport
 from svsm.storage.drivers.virtio.vhost_user_socket import Connection, SharedMemory, connect
 
 __all__ = ["QUEUE_ENTRIES", "VhostUserBlk", "VhostUserTransport", "open_vhost_user"]
@@ -63,8 +64,6 @@ __all__ = ["QUEUE_ENTRIES", "VhostUserBlk", "VhostUserTransport", "open_vhost_us
 QUEUE_ENTRIES: Final = 1024
 """vhost-user has no message that asks for it; this is what libvhost-user (QEMU) takes."""
 _EVENTS_PER_POLL: Final = 64
-_PACKED_START: Final = 0x8000_8000
-"""SET_VRING_BASE of a packed ring: both positions 0, both wrap counters set."""
 
 
 class _Vring:
@@ -147,17 +146,14 @@ class VhostUserTransport:
             judge_vring(answer, index)
         self._let_go_of_vrings()
         self._offered = self._connection.ask_u64(Request.GET_FEATURES, deadline=deadline)
-        self._demand_protocol_features()
+        demand_protocol_features(self._offered)
 
     def _introduce(self, deadline: float) -> None:
         connection = self._connection
         self._offered = connection.ask_u64(Request.GET_FEATURES, deadline=deadline)
-        self._demand_protocol_features()
+        demand_protocol_features(self._offered)
         offered = connection.ask_u64(Request.GET_PROTOCOL_FEATURES, deadline=deadline)
-        if not offered & ProtocolFeature.CONFIG:
-            raise self._missing(int(ProtocolFeature.CONFIG), offered)
-        wanted = ProtocolFeature.MQ | ProtocolFeature.REPLY_ACK | ProtocolFeature.CONFIG
-        self.protocol_features = offered & wanted
+        self.protocol_features = choose_protocol_features(offered)
         payload = U64Payload(self.protocol_features).pack()
         connection.tell(Request.SET_PROTOCOL_FEATURES, payload, deadline=deadline)
         connection.acknowledged = bool(self.protocol_features & ProtocolFeature.REPLY_ACK)
@@ -169,19 +165,6 @@ class VhostUserTransport:
             memory_table([self._memory.region]),
             deadline=deadline,
             descriptors=[self._memory.descriptor],
-        )
-
-    def _demand_protocol_features(self) -> None:
-        offered = self._offered or 0
-        if not offered & VhostFeature.PROTOCOL_FEATURES:
-            raise self._missing(int(VhostFeature.PROTOCOL_FEATURES), offered)
-
-    def _missing(self, expected: int, got: int) -> ProtocolError:
-        return ProtocolError(
-            "the back-end is too old: it has no protocol features, or no configuration",
-            code="vhost-user-features",
-            expected=expected,
-            got=got,
         )
 
     def features(self) -> int:
@@ -206,7 +189,7 @@ class VhostUserTransport:
 
     def activate(self, index: int, size: int, addresses: QueueAddresses) -> None:
         """Everything about one queue, its eventfds last."""
-        deadline, user = self._deadline(), self._memory.user_address
+        deadline = self._deadline()
         vring = self._vrings[index] = _Vring()
         try:
             self._poll.register(vring.call, select.EPOLLIN | select.EPOLLET)
@@ -214,24 +197,16 @@ class VhostUserTransport:
         except OSError as error:
             raise BackendError(f"no event descriptor: {error}", code="vhost-user-memory") from error
         self._errors.add(vring.error)
-        address = VringAddress(
-            index=index,
-            flags=0,
-            descriptors=user(addresses.descriptors),
-            used=user(addresses.device),
-            available=user(addresses.driver),
-            log=0,
+        messages = vring_messages(
+            index,
+            size,
+            addresses,
+            packed=self._packed,
+            user_address=self._memory.user_address,
+            eventfds=(vring.kick, vring.call, vring.error),
         )
-        messages: list[tuple[Request, Record, list[int]]] = [
-            (Request.SET_VRING_NUM, VringState(index, size), []),
-            (Request.SET_VRING_BASE, VringState(index, _PACKED_START if self._packed else 0), []),
-            (Request.SET_VRING_ADDR, address, []),
-            (Request.SET_VRING_ERR, U64Payload(index), [vring.error]),
-            (Request.SET_VRING_CALL, U64Payload(index), [vring.call]),
-            (Request.SET_VRING_KICK, U64Payload(index), [vring.kick]),
-        ]
         for request, payload, descriptors in messages:
-            self._connection.tell(request, payload.pack(), deadline=deadline, descriptors=descriptors)
+            self._connection.tell(request, payload, deadline=deadline, descriptors=descriptors)
 
     def start(self) -> None:
         """Enable the queues, and know that the back-end has done so."""

@@ -25,8 +25,8 @@ from typing import Final
 
 from svsm.formats.errors import BackendError, ProtocolError, StateError, SvsmError
 from svsm.formats.vhost_user import MemoryRegion, MessageHeader, Request, U64Payload
+from svsm.formats.vhost_user_messages import encode, judge_acknowledgement, judge_header
 from svsm.storage.drivers.dma import PAGE_BYTES, DmaMemory
-from svsm.storage.drivers.virtio.vhost_user_messages import encode, judge_acknowledgement, judge_header
 
 __all__ = ["DEFAULT_GUEST_ADDRESS", "Connection", "SharedMemory", "connect"]
 

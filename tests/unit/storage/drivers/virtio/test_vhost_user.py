@@ -30,12 +30,12 @@ from svsm.formats.vhost_user import (
     VhostFeature,
     VringState,
 )
+from svsm.formats.vhost_user_messages import judge_config, judge_header
 from svsm.formats.virtio import BlkFeature, Feature
 from svsm.host.devices.virtio_blk import ALL_FEATURES, BlkOptions
 from svsm.host.devices.virtio_ring import Chain, Window
 from svsm.storage.drivers.virtio.blk import BlkPolicy, VirtioBlk, memory_bytes
 from svsm.storage.drivers.virtio.vhost_user import VhostUserBlk, VhostUserTransport, open_vhost_user
-from svsm.storage.drivers.virtio.vhost_user_messages import judge_config, judge_header
 from svsm.storage.drivers.virtio.vhost_user_socket import SharedMemory, connect
 from svsm.testing.block_conformance import CHECKS, SIZE_BYTES, Check, Subject, initial_content
 from svsm.testing.vhost_user_backend import PROTOCOL_FEATURES, Backend, Conversation, Script, reply

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""vhost-user messages as the front-end builds them, and what it believes of a reply. Pure: no socket, no clock.
+"""vhost-user messages as a front-end builds them, and what it believes of a reply. Pure: no socket, no clock.
 
 A reply is read in two steps whose sizes are known before a byte arrives. `judge_header` takes 12 bytes and demands the
 request's number, version 1, the reply flag and nothing else, and exactly the payload that this request's answer has;
@@ -9,7 +9,8 @@ is ever used to allocate or to loop. `judge_…` functions then take the payload
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Final
 
 from svsm.formats.cursor import Cursor
 from svsm.formats.errors import FormatError, ProtocolError
@@ -21,12 +22,18 @@ from svsm.formats.vhost_user import (
     MemoryRegion,
     MemoryTable,
     MessageHeader,
+    ProtocolFeature,
     Request,
     U64Payload,
+    VhostFeature,
+    VringAddress,
     VringState,
 )
+from svsm.formats.virtio import QueueAddresses
 
 __all__ = [
+    "choose_protocol_features",
+    "demand_protocol_features",
     "encode",
     "get_config",
     "judge_acknowledgement",
@@ -35,7 +42,12 @@ __all__ = [
     "judge_queues",
     "judge_vring",
     "memory_table",
+    "vring_messages",
 ]
+
+_PACKED_START: Final = 0x8000_8000
+"""SET_VRING_BASE of a packed ring: both positions 0, both wrap counters set."""
+_WANTED: Final = int(ProtocolFeature.MQ | ProtocolFeature.REPLY_ACK | ProtocolFeature.CONFIG)
 
 
 def encode(request: Request, payload: bytes = b"", *, need_reply: bool = False) -> bytes:
@@ -52,6 +64,77 @@ def memory_table(regions: Sequence[MemoryRegion]) -> bytes:
 def get_config(offset: int, length: int) -> bytes:
     """The payload of GET_CONFIG, which has room for the answer."""
     return ConfigHeader(offset, length, 0).pack() + bytes(length)
+
+
+def vring_messages(
+    index: int,
+    size: int,
+    addresses: QueueAddresses,
+    *,
+    packed: bool,
+    user_address: Callable[[int], int],
+    eventfds: tuple[int, int, int],
+) -> list[tuple[Request, bytes, list[int]]]:
+    """Everything that tells a back-end about one queue, its eventfds last.
+
+    Args:
+        index: Of the queue.
+        size: Entries.
+        addresses: Guest-physical.
+        packed: The kind of ring.
+        user_address: The name that `MemoryRegion.user_address` gives to a guest-physical address.
+        eventfds: kick, call, error.
+
+    Returns:
+        Requests with their payloads and descriptors, in order.
+    """
+    kick, call, error = eventfds
+    address = VringAddress(
+        index=index,
+        flags=0,
+        descriptors=user_address(addresses.descriptors),
+        used=user_address(addresses.device),
+        available=user_address(addresses.driver),
+        log=0,
+    )
+    return [
+        (Request.SET_VRING_NUM, VringState(index, size).pack(), []),
+        (Request.SET_VRING_BASE, VringState(index, _PACKED_START if packed else 0).pack(), []),
+        (Request.SET_VRING_ADDR, address.pack(), []),
+        (Request.SET_VRING_ERR, U64Payload(index).pack(), [error]),
+        (Request.SET_VRING_CALL, U64Payload(index).pack(), [call]),
+        (Request.SET_VRING_KICK, U64Payload(index).pack(), [kick]),
+    ]
+
+
+def demand_protocol_features(offered: int) -> None:
+    """Demand that a back-end's features say that it has protocol features.
+
+    Raises:
+        ProtocolError: ``vhost-user-features``.
+    """
+    if not offered & VhostFeature.PROTOCOL_FEATURES:
+        raise _too_old(int(VhostFeature.PROTOCOL_FEATURES), offered)
+
+
+def choose_protocol_features(offered: int) -> int:
+    """What to use of the protocol features: CONFIG, which must be there, and MQ and REPLY_ACK where they are.
+
+    Raises:
+        ProtocolError: ``vhost-user-features``.
+    """
+    if not offered & ProtocolFeature.CONFIG:
+        raise _too_old(int(ProtocolFeature.CONFIG), offered)
+    return offered & _WANTED
+
+
+def _too_old(expected: int, got: int) -> ProtocolError:
+    return ProtocolError(
+        "the back-end is too old: it has no protocol features, or no configuration",
+        code="vhost-user-features",
+        expected=expected,
+        got=got,
+    )
 
 
 def _bad(request: Request, what: str, *, expected: int, got: int) -> ProtocolError:
