@@ -2,13 +2,9 @@
 """QEMU as a box of real device models: started with a processor that halts at once, driven over qtest.
 
 Theory. The guest's memory is a memory file that QEMU and this process both map, so that a driver here and a device
-there share it as a guest and a device would; its first byte is guest-physical 0. The firmware is three instructions
-(disable interrupts, halt, again), so no guest code runs but time does: with a machine that is stopped the serial
-ports' timers would never fire. The accelerator is always TCG: a /dev/kvm may exist that cannot run firmware, and
-distributions leave the qtest accelerator out; the qtest *server* is in all of them.
-
-Two machines: *microvm* (virtio-mmio) and *q35* (PCI: NVMe), each with up to four 16550s, whose other ends are sockets
-here. Interrupts into the I/O APIC are intercepted, which makes waiting for one possible.
+there share it as a guest and a device would. Which machines there are, and why they run as they do, is in
+`svsm.host.qemu_command`; the other ends of the serial ports are sockets here. Interrupts into the I/O APIC are
+intercepted, which makes waiting for one possible.
 
 QEMU does not end when its qtest socket closes, so it is ended by its process id, in `close`; where util-linux's
 setpriv is installed, also by the kernel when the thread that started it ends.
@@ -18,8 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import enum
-import json
 import mmap
 import os
 import shutil
@@ -29,6 +23,20 @@ from pathlib import Path
 from typing import Final
 
 from svsm.formats.errors import BackendError, StateError, SvsmError
+from svsm.host.qemu_command import (
+    COM_PORTS,
+    MEBIBYTE,
+    NVME_INTERRUPT,
+    PCI_WINDOW,
+    VIRTIO_SLOT_BYTES,
+    Descriptors,
+    DiskOptions,
+    MachineKind,
+    command_words,
+    find_qemu,
+    halting_firmware,
+    virtio_slot,
+)
 from svsm.host.qtest import QtestClient
 
 __all__ = [
@@ -42,47 +50,7 @@ __all__ = [
     "PortWindow",
 ]
 
-_PROGRAM: Final = "qemu-system-x86_64"
-_FIRMWARE_BYTES: Final = 64 << 10
-_RESET_VECTOR: Final = 0xFFF0
-_HALT: Final = b"\xfa\xf4\xeb\xfc"  # cli; hlt; and hlt again
 _STOP_SECONDS: Final = 5.0
-_MIB: Final = 1 << 20
-COM_PORTS: Final = ((0x3F8, 4), (0x2F8, 3), (0x3E8, 4), (0x2E8, 3))
-"""I/O base and interrupt of COM1 to COM4."""
-NVME_SLOT: Final = 4
-PCI_WINDOW: Final = (0xE000_0000, 16 * _MIB)
-"""Address and size of a part of q35's hole for PCI devices where nothing is."""
-NVME_INTERRUPT: Final = 20
-"""I/O APIC input of INTA of device 4 on q35's bus 0, before firmware routes it elsewhere."""
-
-
-class MachineKind(enum.StrEnum):
-    """Which of QEMU's machines."""
-
-    MICROVM = "microvm"
-    Q35 = "q35"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class DiskOptions:
-    """The machine's disk: virtio-mmio on microvm, NVMe on q35.
-
-    Attributes:
-        path: A raw image.
-        native: Linux AIO and O_DIRECT instead of threads and the page cache.
-        read_only: QEMU opens it so.
-        packed: virtio only: offer packed rings.
-        queues: virtio only.
-        logical_block_bytes: 512 or 4096.
-    """
-
-    path: Path
-    native: bool = False
-    read_only: bool = False
-    packed: bool = False
-    queues: int = 1
-    logical_block_bytes: int = 512
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -99,7 +67,7 @@ class MachineOptions:
     """
 
     kind: MachineKind
-    memory_bytes: int = 64 * _MIB
+    memory_bytes: int = 64 * MEBIBYTE
     disk: DiskOptions | None = None
     serial_ports: int = 0
     timeout_seconds: float = 10.0
@@ -124,7 +92,11 @@ class Machine:
     """
 
     def __init__(self, options: MachineOptions) -> None:
-        if options.memory_bytes <= 0 or options.memory_bytes % _MIB or not 0 <= options.serial_ports <= len(COM_PORTS):
+        if (
+            options.memory_bytes <= 0
+            or options.memory_bytes % MEBIBYTE
+            or not 0 <= options.serial_ports <= len(COM_PORTS)
+        ):
             raise StateError("a machine has whole MiB of memory and up to four serial ports", code="qemu-options")
         self.options = options
         self.serial: list[socket.socket] = []
@@ -137,12 +109,9 @@ class Machine:
 
     def _start(self) -> None:
         stack, options = self._stack, self.options
-        program = options.program or shutil.which(_PROGRAM)
-        if program is None:
-            raise BackendError("QEMU is not installed", code="qemu-missing", hint="install qemu-system-x86")
+        program = find_qemu(options.program)
         memory_fd = self._memory_file("guest-memory", options.memory_bytes)
-        firmware = bytearray(_FIRMWARE_BYTES)
-        firmware[_RESET_VECTOR : _RESET_VECTOR + len(_HALT)] = _HALT
+        firmware = halting_firmware()
         firmware_fd = self._memory_file("firmware", len(firmware))
         os.pwrite(firmware_fd, firmware, 0)
         self.memory = memoryview(mmap.mmap(memory_fd, options.memory_bytes))
@@ -151,26 +120,26 @@ class Machine:
             theirs.enter_context(qtest)
             self.qtest = QtestClient(ours, timeout_seconds=options.timeout_seconds)
             stack.callback(self.qtest.close)
-            ports = []
-            for _ in range(options.serial_ports):
+            ports: dict[int, int] = {}
+            for index in range(options.serial_ports):
                 near, far = socket.socketpair()
                 self.serial.append(near)
                 stack.callback(near.close)
-                ports.append(theirs.enter_context(far))
-            command = [str(program), *_arguments(options, memory_fd, firmware_fd, qtest.fileno())]
-            command += _serial_arguments([port.fileno() for port in ports])
+                ports[index] = theirs.enter_context(far).fileno()
+            descriptors = Descriptors(memory_fd, firmware_fd, qtest.fileno(), ports)
+            words = command_words(options.kind, descriptors, memory_bytes=options.memory_bytes, disk=options.disk)
+            command = [program, *words]
             setpriv = shutil.which("setpriv")
             if setpriv is not None:
                 command = [setpriv, "--pdeathsig", "KILL", *command]
             self._messages = self._memory_file("messages", 0)
-            descriptors = [memory_fd, firmware_fd, qtest.fileno(), *(port.fileno() for port in ports)]
             try:
                 self._process = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=self._messages,
-                    pass_fds=descriptors,
+                    pass_fds=descriptors.all(),
                 )
             except OSError as error:
                 raise BackendError("QEMU cannot be started", code="qemu-start", errno=error.errno) from None
@@ -227,67 +196,12 @@ class Machine:
 
     def virtio_registers(self, slot: int = 0) -> MemoryWindow:
         """The registers of one of microvm's virtio-mmio slots; the disk is in slot 0."""
-        number = VIRTIO_SLOTS - 1 - slot
-        return MemoryWindow(
-            self.qtest, VIRTIO_BASE + number * VIRTIO_SLOT_BYTES, VIRTIO_SLOT_BYTES, VIRTIO_INTERRUPT + number
-        )
+        address, interrupt = virtio_slot(slot)
+        return MemoryWindow(self.qtest, address, VIRTIO_SLOT_BYTES, interrupt)
 
     def nvme_registers(self, address: int, size_bytes: int) -> MemoryWindow:
         """The NVMe controller's registers, where its BAR was put."""
         return MemoryWindow(self.qtest, address, size_bytes, NVME_INTERRUPT)
-
-
-VIRTIO_BASE: Final = 0xFEB0_0000
-VIRTIO_SLOT_BYTES: Final = 0x200
-VIRTIO_SLOTS: Final = 8
-VIRTIO_INTERRUPT: Final = 16
-"""With one I/O APIC (``ioapic2=off``); devices fill the slots from the last one on."""
-
-
-def _arguments(options: MachineOptions, memory_fd: int, firmware_fd: int, qtest_fd: int) -> list[str]:
-    size = options.memory_bytes
-    machine = "microvm,ioapic2=off,isa-serial=off,rtc=off" if options.kind is MachineKind.MICROVM else "q35,hpet=off"
-    words = ["-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg"]
-    words += ["-machine", f"{machine},pit=off,memory-backend=ram", "-m", str(size // _MIB)]
-    words += ["-object", f"memory-backend-file,id=ram,size={size},share=on,mem-path=/proc/self/fd/{memory_fd}"]
-    words += ["-bios", f"/proc/self/fd/{firmware_fd}"]
-    words += ["-chardev", f"socket,id=qtest,fd={qtest_fd}", "-qtest", "chardev:qtest", "-qtest-log", "/dev/null"]
-    return words + _disk_arguments(options)
-
-
-def _disk_arguments(options: MachineOptions) -> list[str]:
-    disk = options.disk
-    if disk is None:
-        return []
-    node = {
-        "driver": "raw",
-        "node-name": "disk",
-        "read-only": disk.read_only,
-        "discard": "unmap",
-        "file": {
-            "driver": "file",
-            "filename": str(disk.path),
-            "aio": "native" if disk.native else "threads",
-            "cache": {"direct": disk.native},
-            "discard": "unmap",
-        },
-    }
-    sizes = f"logical_block_size={disk.logical_block_bytes},physical_block_size={disk.logical_block_bytes}"
-    words = ["-blockdev", json.dumps(node)]
-    if options.kind is MachineKind.Q35:
-        return [*words, "-device", f"nvme,drive=disk,serial=svsm,addr={NVME_SLOT},{sizes}"]
-    packed = "on" if disk.packed else "off"
-    device = f"virtio-blk-device,drive=disk,iommu_platform=on,packed={packed},num-queues={disk.queues},{sizes}"
-    return [*words, "-global", "virtio-mmio.force-legacy=false", "-device", device]
-
-
-def _serial_arguments(descriptors: list[int]) -> list[str]:
-    words: list[str] = []
-    for index, descriptor in enumerate(descriptors):
-        base, interrupt = COM_PORTS[index]
-        words += ["-chardev", f"socket,id=com{index},fd={descriptor}"]
-        words += ["-device", f"isa-serial,chardev=com{index},iobase={base:#x},irq={interrupt},index={index}"]
-    return words
 
 
 class MemoryWindow:
