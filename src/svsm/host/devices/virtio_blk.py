@@ -21,6 +21,7 @@ from svsm.formats.virtio import (
     BlkSegment,
     BlkStatus,
     BlkType,
+    DeviceType,
     Feature,
 )
 from svsm.host.devices.virtio_ring import Chain, Part, Window
@@ -80,6 +81,8 @@ class BlkBackend:
         descriptor: Open file, for writing unless RO is offered; stays the caller's.
         options: What is offered.
     """
+
+    device_type = DeviceType.BLOCK
 
     def __init__(self, descriptor: int, options: BlkOptions) -> None:
         self._descriptor = descriptor

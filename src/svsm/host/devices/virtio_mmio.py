@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""The register window of a modern virtio-mmio block device (VIRTIO 1.2 §4.2), device side.
+"""The register window of a modern virtio-mmio device (VIRTIO 1.2 §4.2), device side.
 
-`MmioBlk` is a state machine: `read32` and `write32` are what a trapped access does, `service` works through the
+`MmioDevice` is a state machine: `read32` and `write32` are what a trapped access does, `service` works through the
 queues. Who calls `service` decides how it runs: inside a write to QueueNotify (deterministic, for tests), from a
 `ServiceThread`, or from a process of its own (`virtio_process`). The device asks for a reset (DEVICE_NEEDS_RESET,
-configuration interrupt) when a ring makes no sense, and does nothing more until it gets it.
+configuration interrupt) when a ring makes no sense, and does nothing more until it gets it. What its queues are for
+is a subclass's matter: `MmioBlk` here, `virtio_stream.MmioStream` for devices that carry bytes.
 """
 
 from __future__ import annotations
 
+import abc
 import threading
 from collections.abc import Callable
+from typing import Protocol
 
 from svsm.formats.errors import FormatError
 from svsm.formats.virtio import (
@@ -26,7 +29,7 @@ from svsm.formats.virtio import (
 from svsm.host.devices.virtio_blk import BlkBackend
 from svsm.host.devices.virtio_ring import Chain, DevicePackedRing, DeviceRing, DeviceSplitRing, Window
 
-__all__ = ["MmioBlk", "QueueState", "ServiceThread"]
+__all__ = ["Backend", "MmioBlk", "MmioDevice", "Offer", "QueueState", "ServiceThread"]
 
 _WORD = 0xFFFF_FFFF
 _VENDOR = int.from_bytes(b"svsm", "little")
@@ -40,6 +43,43 @@ _ADDRESS_PARTS = {
 }
 
 
+class Offer(Protocol):
+    """What a device offers."""
+
+    @property
+    def features(self) -> int:
+        """Feature bits."""
+
+    @property
+    def queue_size(self) -> int:
+        """Largest size of each queue."""
+
+    @property
+    def queues(self) -> int:
+        """How many."""
+
+
+class Backend(Protocol):
+    """What is behind the registers.
+
+    Attributes:
+        features: What the driver has accepted.
+    """
+
+    features: int
+
+    @property
+    def device_type(self) -> DeviceType:
+        """What it is."""
+
+    @property
+    def options(self) -> Offer:
+        """What it offers."""
+
+    def configuration(self) -> bytes:
+        """The configuration space."""
+
+
 class QueueState:
     """Registers of one queue."""
 
@@ -50,25 +90,25 @@ class QueueState:
         self.ring: DeviceRing | None = None
 
 
-class MmioBlk:
-    """A virtio-blk device behind registers.
+class MmioDevice(abc.ABC):
+    """A virtio device behind registers.
 
     Args:
-        backend: The disk.
+        backend: What it is.
         window: Guest memory that it can reach.
         interrupt: Raises the interrupt line.
-        kicked: What a write to QueueNotify does; None works through the queue at once.
+        kicked: What a write to QueueNotify does; None works through the queues at once.
     """
 
     def __init__(
         self,
-        backend: BlkBackend,
+        backend: Backend,
         window: Window,
         *,
         interrupt: Callable[[], None] = lambda: None,
         kicked: Callable[[], None] | None = None,
     ) -> None:
-        self.backend = backend
+        self._offer = backend
         self.window = window
         self.status = 0
         self.generation = 0
@@ -97,11 +137,11 @@ class MmioBlk:
     def _read(self, offset: int) -> int:
         if offset >= MmioRegister.CONFIG:
             at = offset - MmioRegister.CONFIG
-            return int.from_bytes(self.backend.configuration()[at : at + 4], "little")
+            return int.from_bytes(self._offer.configuration()[at : at + 4], "little")
         fixed = {
             MmioRegister.MAGIC: MMIO_MAGIC,
             MmioRegister.VERSION: MMIO_VERSION,
-            MmioRegister.DEVICE_ID: DeviceType.BLOCK,
+            MmioRegister.DEVICE_ID: self._offer.device_type,
             MmioRegister.VENDOR_ID: _VENDOR,
             MmioRegister.INTERRUPT_STATUS: self.interrupt_status,
             MmioRegister.STATUS: self.status,
@@ -110,10 +150,10 @@ class MmioBlk:
         if offset in fixed:
             return int(fixed[MmioRegister(offset)])
         if offset == MmioRegister.DEVICE_FEATURES:
-            return self._word(self.backend.options.features, self._feature_select[0])
+            return self._word(self._offer.options.features, self._feature_select[0])
         queue = self._queue()
         if offset == MmioRegister.QUEUE_SIZE_MAX:
-            return self.backend.options.queue_size if queue is not None else 0
+            return self._offer.options.queue_size if queue is not None else 0
         if offset == MmioRegister.QUEUE_READY:
             return queue.ready if queue is not None else 0
         return 0
@@ -170,24 +210,24 @@ class MmioBlk:
         self.status = 0
         self.interrupt_status = 0
         self.driver_features = 0
-        self.queues = [QueueState() for _ in range(self.backend.options.queues)]
+        self.queues = [QueueState() for _ in range(self._offer.options.queues)]
 
     def _set_status(self, value: int) -> None:
         if not value:
             self._reset()
             return
         if value & DeviceStatus.FEATURES_OK and not self.status & DeviceStatus.FEATURES_OK:
-            offered = self.backend.options.features
+            offered = self._offer.options.features
             if self.driver_features & ~offered or not self.driver_features & Feature.VERSION_1:
                 value &= ~DeviceStatus.FEATURES_OK
-            self.backend.features = self.driver_features
+            self._offer.features = self.driver_features
         self.status = value | self.status & DeviceStatus.NEEDS_RESET
 
     def _set_ready(self, queue: QueueState, value: int) -> None:
         if not value:
             queue.ready, queue.ring = 0, None
             return
-        if not 0 < queue.size <= self.backend.options.queue_size:
+        if not 0 < queue.size <= self._offer.options.queue_size:
             return
         kind = DevicePackedRing if self.driver_features & Feature.RING_PACKED else DeviceSplitRing
         try:
@@ -206,13 +246,6 @@ class MmioBlk:
         self.status |= DeviceStatus.NEEDS_RESET
         self._raise(Interrupt.CONFIGURATION)
 
-    def resize(self, sectors: int) -> None:
-        """Another capacity, with a notice to the driver."""
-        with self._lock:
-            self.backend.resize(sectors)
-            self.generation += 1
-            self._raise(Interrupt.CONFIGURATION)
-
     def _raise(self, bits: int) -> None:
         self.interrupt_status |= bits
         self._interrupt()
@@ -220,17 +253,66 @@ class MmioBlk:
     # ---- work -------------------------------------------------------------------------------------------------------
 
     def service(self) -> int:
-        """Work through all queues until they are empty; how many requests there were."""
+        """Work through all queues until there is nothing to do; how many requests there were."""
         with self._lock:
+            if not self.status & DeviceStatus.DRIVER_OK or self.status & DeviceStatus.NEEDS_RESET:
+                return 0
             count = 0
-            if self.status & DeviceStatus.DRIVER_OK and not self.status & DeviceStatus.NEEDS_RESET:
-                try:
-                    for queue in self.queues:
-                        if queue.ring is not None:
-                            count += self._service(queue.ring)
-                except FormatError:
-                    self.needs_reset()
+            try:
+                for index, queue in enumerate(self.queues):
+                    if queue.ring is not None:
+                        count += self._serve_queue(index, queue.ring)
+            except FormatError:
+                self.needs_reset()
             return count
+
+    @abc.abstractmethod
+    def _serve_queue(self, index: int, ring: DeviceRing) -> int:
+        """Work through one queue; how many requests there were.
+
+        Raises:
+            FormatError: ``virtio-device-ring`` over a ring that makes no sense.
+        """
+
+    def complete(self, ring: DeviceRing, chain: Chain, written: int) -> None:
+        """Return one request. A hostile device does it its own way."""
+        ring.push(chain, written)
+
+    def finished(self, ring: DeviceRing) -> None:
+        """After a batch: the interrupt, if the driver wants it."""
+        if ring.wants_interrupt():
+            self._raise(Interrupt.USED_BUFFER)
+
+
+class MmioBlk(MmioDevice):
+    """A virtio-blk device behind registers.
+
+    Args:
+        backend: The disk.
+        window, interrupt, kicked: As `MmioDevice` has them.
+    """
+
+    def __init__(
+        self,
+        backend: BlkBackend,
+        window: Window,
+        *,
+        interrupt: Callable[[], None] = lambda: None,
+        kicked: Callable[[], None] | None = None,
+    ) -> None:
+        self.backend = backend
+        super().__init__(backend, window, interrupt=interrupt, kicked=kicked)
+
+    def resize(self, sectors: int) -> None:
+        """Another capacity, with a notice to the driver."""
+        with self._lock:
+            self.backend.resize(sectors)
+            self.generation += 1
+            self._raise(Interrupt.CONFIGURATION)
+
+    def _serve_queue(self, index: int, ring: DeviceRing) -> int:
+        del index  # all queues of a disk are alike
+        return self._service(ring)
 
     def _service(self, ring: DeviceRing) -> int:
         count = 0
@@ -245,15 +327,6 @@ class MmioBlk:
             self.finished(ring)
         return count
 
-    def complete(self, ring: DeviceRing, chain: Chain, written: int) -> None:
-        """Return one request. A hostile device does it its own way."""
-        ring.push(chain, written)
-
-    def finished(self, ring: DeviceRing) -> None:
-        """After a batch: the interrupt, if the driver wants it."""
-        if ring.wants_interrupt():
-            self._raise(Interrupt.USED_BUFFER)
-
 
 class ServiceThread(threading.Thread):
     """Serves a device from a thread of its own, as another processor would.
@@ -266,9 +339,9 @@ class ServiceThread(threading.Thread):
         super().__init__(daemon=True)
         self._wake = threading.Event()
         self._stopped = False
-        self._device: MmioBlk | None = None
+        self._device: MmioDevice | None = None
 
-    def serve(self, device: MmioBlk) -> None:
+    def serve(self, device: MmioDevice) -> None:
         """Start with this device."""
         self._device = device
         self.start()
