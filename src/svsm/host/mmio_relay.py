@@ -35,7 +35,7 @@ class MmioRelay:
         gpa: Where the window is.
     """
 
-    def __init__(self, device: socket.socket, shared_fd: int, *, gpa: int = ghcb.MMIO_GPA) -> None:
+    def __init__(self, device: socket.socket, shared_fd: int, *, gpa: int = ghcb.VIRTIO_MMIO_GPA) -> None:
         device.setblocking(False)
         self.gpa = gpa
         self.closed = False

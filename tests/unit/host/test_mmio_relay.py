@@ -14,7 +14,7 @@ from svsm.formats.snp.hardware_messages import Message
 from svsm.formats.virtio import MMIO_WINDOW_BYTES, RegisterMessage, RegisterOperation
 from svsm.host.mmio_relay import MmioRelay
 
-BASE = ghcb.MMIO_GPA
+BASE = ghcb.VIRTIO_MMIO_GPA
 SCRATCH = 0x4000
 READ, WRITE = ghcb.ExitCode.MMIO_READ, ghcb.ExitCode.MMIO_WRITE
 

@@ -72,7 +72,7 @@ def test_the_policy_fits_the_memory_that_there_is() -> None:
 
 def test_a_volume_on_the_disk_that_the_host_offers(tmp_path: Path) -> None:
     with machine_with_disk(tmp_path) as (machine, offered, _):
-        assert (offered.kind, offered.descriptor, offered.gpa) == (DeviceKind.VIRTIO_MMIO, -1, ghcb.MMIO_GPA)
+        assert (offered.kind, offered.descriptor, offered.gpa) == (DeviceKind.VIRTIO_MMIO, -1, ghcb.VIRTIO_MMIO_GPA)
         disk = open_disk(machine.platform, offered)
         assert isinstance(disk, VirtioBlk)
         assert (disk.size_bytes, disk.block_size_bytes) == (DISK_BYTES, 512)
@@ -134,7 +134,7 @@ def test_registers_where_none_may_be_are_refused(gpa: int) -> None:
 
 def test_a_register_window_with_a_descriptor_and_a_file_without_one_are_no_messages() -> None:
     with running_machine() as machine:
-        registers = Message(ghcb.HostMessage.DEVICE, (ghcb.DeviceKind.VIRTIO_MMIO, 0, 0, ghcb.MMIO_GPA)).pack()
+        registers = Message(ghcb.HostMessage.DEVICE, (ghcb.DeviceKind.VIRTIO_MMIO, 0, 0, ghcb.VIRTIO_MMIO_GPA)).pack()
         file = Message(ghcb.HostMessage.DEVICE, (ghcb.DeviceKind.DISK, 0, 0)).pack()
         read, write = os.pipe()
         machine.as_host(lambda host: host._queue(registers, read))
@@ -146,7 +146,7 @@ def test_a_register_window_with_a_descriptor_and_a_file_without_one_are_no_messa
 
 
 def registers_of(machine: RunningMachine, offered: Device | None = None) -> int:
-    registers = machine.platform.registers(Gpa(ghcb.MMIO_GPA) if offered is None else offered.gpa)
+    registers = machine.platform.registers(Gpa(ghcb.VIRTIO_MMIO_GPA) if offered is None else offered.gpa)
     return registers.read32(MmioRegister.MAGIC)
 
 

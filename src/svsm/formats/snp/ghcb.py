@@ -11,14 +11,15 @@ is believed: not the numbers, not the kind of the descriptor.
 
 A register window is no memory: every access to it is an MMIO exit, whose value travels in shared memory at the scratch
 address. The kernel accepts windows in one range (`MMIO_GPA`), and a device reaches one range of shared memory
-(`DEVICE_MEMORY_GPA`) and no other.
+(`DEVICE_MEMORY_GPA`) and no other. An access to an I/O port is an exit too (§4.1.2): its value is in RAX, or, for the
+string instructions, so many values are at the scratch address.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Final
+from typing import Final, Self
 
 from svsm.formats.errors import FormatError
 from svsm.formats.record import U16, U32, Buffer, Record, record
@@ -26,18 +27,23 @@ from svsm.formats.record import U16, U32, Buffer, Record, record
 __all__ = [
     "ANSWER_INFO_1",
     "ANSWER_INFO_2",
+    "ANSWER_RAX",
     "ANSWER_RBX",
     "DEVICE_MEMORY_BYTES",
     "DEVICE_MEMORY_GPA",
     "GHCB_MSR",
+    "IO_WIDTHS_BYTES",
+    "MAX_IO_COUNT",
     "MMIO_BYTES",
     "MMIO_GPA",
     "MMIO_WIDTH_BYTES",
     "PSC_LIST_BYTES",
     "PSC_MAX_ENTRIES",
+    "VIRTIO_MMIO_GPA",
     "DeviceKind",
     "ExitCode",
     "HostMessage",
+    "IoAccess",
     "MsrProtocol",
     "PageOperation",
     "PageStateEntry",
@@ -54,11 +60,14 @@ GHCB_MSR: Final = 0xC001_0130
 ANSWER_INFO_1: Final = 0
 ANSWER_INFO_2: Final = 1
 ANSWER_RBX: Final = 2
-"""Positions in an EXIT answer's arguments."""
+ANSWER_RAX: Final = 3
+"""Positions in an EXIT answer's arguments. RAX answers an access to an I/O port alone."""
 
-MMIO_GPA: Final = 0xFEB0_0000
-"""Register windows lie here; never memory."""
-MMIO_BYTES: Final = 0x1_0000
+MMIO_GPA: Final = 0xC000_0000
+"""Register windows lie here, below the interrupt controllers; never memory."""
+MMIO_BYTES: Final = 0x3EC0_0000
+VIRTIO_MMIO_GPA: Final = 0xFEB0_0000
+"""Where the simulated machine has its virtio device."""
 MMIO_WIDTH_BYTES: Final = 4
 """Every access of ours has this width."""
 DEVICE_MEMORY_GPA: Final = 0x3010_0000
@@ -70,7 +79,7 @@ class HostMessage(enum.IntEnum):
     """Kernel ↔ host."""
 
     EXIT = 0x401
-    """From the kernel: exit code, info 1, info 2, RAX, RBX, scratch address. Answer: info 1, info 2, RBX."""
+    """From the kernel: exit code, info 1, info 2, RAX, RBX, scratch address. Answer: info 1, info 2, RBX, RAX."""
     DEVICE = 0x402
     """From the host, one descriptor: `DeviceKind`, index (which TPM or disk), port (0 control or only, 1 data); without
     a descriptor for VIRTIO_MMIO, whose fourth argument is the address of its registers."""
@@ -99,6 +108,8 @@ class ExitCode(enum.IntEnum):
     """GHCB exit codes that the machine knows (AMD 56421 table 7); VMEXIT codes of a VMPL2 guest."""
 
     INTR = 0x60
+    IOIO = 0x7B
+    """info 1 = `IoAccess`, info 2 = count of a string access; the value is in RAX, a string at the scratch address."""
     SHUTDOWN = 0x7F
     NPF = 0x400
     VMGEXIT = 0x403
@@ -114,6 +125,53 @@ class ExitCode(enum.IntEnum):
     TERMINATION = 0x8000_FFFF
     """Not AMD's (there, only the MSR protocol terminates): info 1 = reason set and code; a text is in shared memory
     at info 2, length RAX."""
+
+
+IO_WIDTHS_BYTES: Final = (1, 2, 4)
+MAX_IO_COUNT: Final = 256
+"""Values in one string access; ours, the specification's is the size of the shared buffer."""
+_IO_IN, _IO_STRING, _IO_REPEAT, _IO_ADDRESS_64 = 1 << 0, 1 << 2, 1 << 3, 1 << 9
+_IO_WIDTH_SHIFT: Final = 4
+_IO_PORT_SHIFT: Final = 16
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class IoAccess:
+    """SW_EXITINFO1 of an IOIO exit (AMD 56421 §4.1.2; the bits are those of AMD 24593 §15.10.2)."""
+
+    port: int
+    width_bytes: int
+    """1, 2 or 4."""
+    reading: bool
+    """IN or INS, not OUT or OUTS."""
+    string: bool
+    """INS or OUTS with a count, all to one port."""
+
+    def pack(self) -> int:
+        """The word.
+
+        Raises:
+            FormatError: ``ghcb-io`` for a port or width that does not exist.
+        """
+        if not 0 <= self.port < 1 << 16 or self.width_bytes not in IO_WIDTHS_BYTES:
+            raise FormatError("there is no such I/O port access", code="ghcb-io", port=self.port, got=self.width_bytes)
+        word = self.port << _IO_PORT_SHIFT | self.width_bytes << _IO_WIDTH_SHIFT | (_IO_IN if self.reading else 0)
+        return word | (_IO_STRING | _IO_REPEAT | _IO_ADDRESS_64 if self.string else 0)
+
+    @classmethod
+    def parse(cls, word: int) -> Self:
+        """Decode a word that `pack` makes.
+
+        Raises:
+            FormatError: ``ghcb-io`` for any other: other address sizes and segments are no kernel's of ours.
+        """
+        width = word >> _IO_WIDTH_SHIFT & 7
+        if not 0 <= word < 1 << 32 or width not in IO_WIDTHS_BYTES:
+            raise FormatError("there is no such I/O port access", code="ghcb-io", got=word)
+        found = cls(word >> _IO_PORT_SHIFT, width, bool(word & _IO_IN), bool(word & _IO_STRING))
+        if found.pack() != word:
+            raise FormatError("there is no such I/O port access", code="ghcb-io", got=word)
+        return found
 
 
 class VmmError(enum.IntEnum):

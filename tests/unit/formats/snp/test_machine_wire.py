@@ -247,3 +247,33 @@ def test_cpuid_page_round_trip_and_bounds() -> None:
     for data in (b"", page[:-1], (65).to_bytes(4, "little") + page[4:], os.urandom(16)):
         with pytest.raises(FormatError):
             parse_cpuid_page(data)
+
+
+@pytest.mark.parametrize(
+    ("access", "word"),
+    [
+        (ghcb.IoAccess(0x3F8, 1, reading=False, string=False), 0x03F8_0010),
+        (ghcb.IoAccess(0xCFC, 4, reading=True, string=False), 0x0CFC_0041),
+        (ghcb.IoAccess(0x60, 2, reading=True, string=False), 0x0060_0021),
+        (ghcb.IoAccess(0x3E8, 1, reading=True, string=True), 0x03E8_021D),
+    ],
+)
+def test_a_port_access_is_one_word(access: ghcb.IoAccess, word: int) -> None:
+    assert access.pack() == word
+    assert ghcb.IoAccess.parse(word) == access
+
+
+@pytest.mark.parametrize(
+    "word", [0, 0x03F8_0030, 0x03F8_0070, 0x03F8_0012, 0x03F8_0014, 0x03F8_0090, 1 << 32 | 0x10, -16]
+)
+def test_another_word_is_no_port_access(word: int) -> None:
+    with pytest.raises(FormatError) as caught:
+        ghcb.IoAccess.parse(word)
+    assert caught.value.code == "ghcb-io"
+
+
+@pytest.mark.parametrize(("port", "width"), [(1 << 16, 1), (-1, 1), (0, 3), (0, 8), (0, 0)])
+def test_no_such_port(port: int, width: int) -> None:
+    with pytest.raises(FormatError) as caught:
+        ghcb.IoAccess(port, width, reading=True, string=False).pack()
+    assert caught.value.code == "ghcb-io"
