@@ -1,29 +1,24 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Which allocation blocks are in use, as the bitmap file stores it and as the rest of the code looks at it.
+"""Handing out free space to one transaction, and the shape of the bitmap file.
 
-In memory a state is one byte per block, 0 or 1: slices of it are what data block digests take, and free runs are
-found by the regular-expression engine at memory speed. On the disk it is a bit per block in little-endian words,
-as many words to an encrypted bitmap block as fit.
+On the disk the bitmap is a bit per block in little-endian words, as many words to an encrypted bitmap block as fit; in
+memory it is a `blockmap.BlockMap`.
 
-`Space` hands out free runs for one transaction. It never gives out what was in use before the transaction or is in
-use after it, so nothing that a crash could need is overwritten; what was freed becomes usable with the next one.
+`Space` never gives out what was in use before the transaction or is in use after it, so nothing that a crash could
+need is overwritten; what was freed becomes usable with the next one.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 from svsm.formats.errors import StateError
+from svsm.storage.cocoonfs.blockmap import BlockMap, pack_states, with_ranges
 from svsm.storage.cocoonfs.encoding import Extent
 from svsm.storage.cocoonfs.entities import block_payload_bytes
 from svsm.storage.cocoonfs.layout import ImageLayout, align_up
 
-__all__ = ["Space", "bitmap_blocks", "bits_per_bitmap_block", "pack_states", "parse_states", "with_ranges"]
-
-_TO_BYTES = bytes.maketrans(b"01", b"\0\1")
-_TO_TEXT = bytes.maketrans(b"\0\1", b"01")
-_FREE = re.compile(rb"\0+")
+__all__ = ["Space", "bitmap_blocks", "bits_per_bitmap_block", "no_space", "pack_states", "with_ranges"]
 
 
 def bits_per_bitmap_block(layout: ImageLayout) -> int:
@@ -34,29 +29,6 @@ def bits_per_bitmap_block(layout: ImageLayout) -> int:
 def bitmap_blocks(layout: ImageLayout, image_ab: int) -> int:
     """Bitmap blocks that an image of this size needs."""
     return -(-image_ab // bits_per_bitmap_block(layout))
-
-
-def parse_states(words: bytes) -> bytearray:
-    """One byte per block from little-endian bits."""
-    if not words:
-        return bytearray()
-    text = format(int.from_bytes(words, "little"), f"0{8 * len(words)}b")
-    return bytearray(text[::-1].encode().translate(_TO_BYTES))
-
-
-def pack_states(states: bytes | bytearray) -> bytes:
-    """Little-endian bits from one byte per block; a multiple of eight blocks."""
-    if not states:
-        return b""
-    return int(states[::-1].translate(_TO_TEXT), 2).to_bytes(len(states) // 8, "little")
-
-
-def with_ranges(states: bytearray, ranges: Iterable[Extent], state: int) -> bytearray:
-    """`states` itself with ranges set to 0 or 1."""
-    fill = b"\1" if state else b"\0"
-    for begin, length in ranges:
-        states[begin : begin + length] = fill * length
-    return states
 
 
 def no_space(wanted_ab: int) -> StateError:
@@ -78,18 +50,18 @@ class Space:
         frugal: Use up the smallest holes first, so that whole IO blocks stay for the journal.
     """
 
-    def __init__(self, layout: ImageLayout, used: bytearray, *, frugal: bool = False) -> None:
+    def __init__(self, layout: ImageLayout, used: BlockMap, *, frugal: bool = False) -> None:
         self._layout = layout
-        self._taken = bytearray(used)
+        self._taken = used.copy()
         self._frugal = frugal
 
     def _take(self, extent: Extent) -> Extent:
-        with_ranges(self._taken, (extent,), 1)
+        self._taken.set((extent,), 1)
         return extent
 
     def give_back(self, extents: Iterable[Extent]) -> None:
         """Return what this transaction took and does not need after all."""
-        with_ranges(self._taken, extents, 0)
+        self._taken.set(extents, 0)
 
     def take_rest(self, extent: Extent) -> None:
         """Keep the free part of an extent from being handed out."""
@@ -97,21 +69,13 @@ class Space:
 
     def aligned(self, length_ab: int, unit_ab: int) -> Extent | None:
         """A free extent that begins on a multiple of `unit_ab`, or None."""
-        for match in _FREE.finditer(self._taken):
-            begin = align_up(match.start(), unit_ab)
-            if begin + length_ab <= match.end():
-                return self._take((begin, length_ab))
-        return None
+        begin = self._taken.first_run(length_ab, unit_ab)
+        return None if begin is None else self._take((begin, length_ab))
 
     def _small(self, length_ab: int, unit_ab: int) -> Extent | None:
         """The same in the smallest hole that holds it: what is less than a journal block must not break into one."""
-        best: tuple[int, int] | None = None
-        for match in _FREE.finditer(self._taken):
-            begin = align_up(match.start(), unit_ab)
-            room = match.end() - match.start()
-            if begin + length_ab <= match.end() and (best is None or room < best[0]):
-                best = (room, begin)
-        return None if best is None else self._take((best[1], length_ab))
+        begin = self._taken.smallest_run(length_ab, unit_ab)
+        return None if begin is None else self._take((begin, length_ab))
 
     def pieces(self, total_ab: int, unit_ab: int) -> list[Extent]:
         """Free extents of `total_ab` together, each aligned to and a multiple of `unit_ab`.
@@ -139,9 +103,9 @@ class Space:
 
     def _runs(self, unit_ab: int) -> list[Extent]:
         runs = []
-        for match in _FREE.finditer(self._taken):
-            begin = align_up(match.start(), unit_ab)
-            length = (match.end() - begin) // unit_ab * unit_ab
+        for start, room in self._taken.runs():
+            begin = align_up(start, unit_ab)
+            length = (start + room - begin) // unit_ab * unit_ab
             if length > 0:
                 runs.append((begin, length))
         return runs
@@ -175,7 +139,3 @@ class Space:
         if extent is None:
             raise no_space(length_ab)
         return extent[0]
-
-    def free_units(self, unit_ab: int) -> int:
-        """How many wholly free, aligned units there are."""
-        return sum(length for _, length in self._runs(unit_ab)) // unit_ab

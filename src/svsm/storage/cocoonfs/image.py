@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from svsm.formats.errors import FormatError
-from svsm.storage.cocoonfs.allocation import bitmap_blocks, parse_states, with_ranges
+from svsm.storage.cocoonfs.allocation import bitmap_blocks
 from svsm.storage.cocoonfs.aux import aux_extents
 from svsm.storage.cocoonfs.blockio import BlockIo
+from svsm.storage.cocoonfs.blockmap import BlockMap, Counted, parse_states
 from svsm.storage.cocoonfs.encoding import Extent, decode_block_pointer, decode_extents_list
 from svsm.storage.cocoonfs.entities import (
     Chain,
@@ -66,13 +67,17 @@ def preauth_chain(layout: ImageLayout, keys: Keys, inode: int) -> Chain:
     return Chain(layout, 0, mac, inode.to_bytes(8, "little") + b"\x00\x02", "extents list")
 
 
-def decode_bitmap(volume: VolumeContext, raw: bytes) -> bytearray:
-    """States from the raw contents of consecutive bitmap blocks."""
+def _bitmap_words(volume: VolumeContext, raw: bytes) -> bytes:
     layout = volume.layout
     stride = layout.bitmap_ab * layout.ab_bytes
     plain = volume.keys.decryptor(BITMAP_INODE)(raw)
     used = block_payload_bytes(stride) // 8 * 8
-    return parse_states(b"".join(plain[at : at + used] for at in range(0, len(raw), stride)))
+    return b"".join(plain[at : at + used] for at in range(0, len(raw), stride))
+
+
+def decode_bitmap(volume: VolumeContext, raw: bytes) -> bytearray:
+    """States from the raw contents of consecutive bitmap blocks."""
+    return parse_states(_bitmap_words(volume, raw))
 
 
 @dataclass(slots=True)
@@ -86,8 +91,8 @@ class Image:
         tree: The authentication tree.
         bitmap_extents: Of the bitmap file.
         aux: Extents of auxiliary metadata.
-        used: One byte per ab: what the bitmap says.
-        counted: One byte per ab: what counts for digests.
+        used: What the bitmap says.
+        counted: What counts for digests.
         entry_leaf: First block of the entry leaf.
         root: (block, level) of the index's root.
         nodes: Index nodes that were read.
@@ -100,8 +105,8 @@ class Image:
     tree: AuthTree
     bitmap_extents: tuple[Extent, ...]
     aux: list[Extent]
-    used: bytearray
-    counted: bytearray
+    used: BlockMap
+    counted: Counted
     entry_leaf: int
     root: tuple[int, int]
     nodes: dict[int, Node]
@@ -127,8 +132,7 @@ class Image:
         content = self.volume.io.read((begin, stop - begin))
         if stop < end:
             content += bytes((end - stop) * self.volume.layout.ab_bytes)
-        states = bytes(self.counted[begin:end]).ljust(end - begin, b"\0")
-        self.tree.check(self.tree.geometry.block_at(begin), content, states)
+        self.tree.check(self.tree.geometry.block_at(begin), content, self.counted.states(begin, end))
         return content
 
     def read(self, extent: Extent) -> bytes:
@@ -139,7 +143,7 @@ class Image:
             FormatError: ``cocoonfs-format`` where it points at what does not count.
         """
         begin, length = extent
-        if self.counted.count(1, begin, begin + length) != length:
+        if not self.counted.all_counted(extent):
             raise FormatError("a pointer leads to free space", code="cocoonfs-format", field="pointer", begin=begin)
         unit, size = self.volume.layout.data_ab, self.volume.layout.ab_bytes
         first = begin // unit * unit
@@ -229,7 +233,7 @@ def _special_extents(volume: VolumeContext, image_ab: int, entry: Entry) -> tupl
     return decode_extents_list(encoded, limit_ab=image_ab)
 
 
-def _read_bitmap(volume: VolumeContext, tree: AuthTree, extents: Sequence[Extent], image_ab: int) -> bytearray:
+def _read_bitmap(volume: VolumeContext, tree: AuthTree, extents: Sequence[Extent], image_ab: int) -> BlockMap:
     layout = volume.layout
     parts = []
     for begin, length in extents:
@@ -242,11 +246,10 @@ def _read_bitmap(volume: VolumeContext, tree: AuthTree, extents: Sequence[Extent
     needed = bitmap_blocks(layout, image_ab) * layout.bitmap_ab * layout.ab_bytes
     if len(raw) < needed:
         raise FormatError("the bitmap is too short", code="cocoonfs-format", field="bitmap")
-    states = decode_bitmap(volume, raw[:needed])
-    if 1 in states[image_ab:]:
+    used = BlockMap.parse(layout, image_ab, _bitmap_words(volume, raw[:needed]))
+    if used is None:
         raise FormatError("the bitmap marks blocks beyond the end", code="cocoonfs-format", field="bitmap")
-    del states[image_ab:]
-    return states
+    return used
 
 
 def open_image(volume: VolumeContext) -> Image:
@@ -286,16 +289,16 @@ def open_image(volume: VolumeContext) -> Image:
         bitmap_extents=bitmap_extents,
         aux=aux,
         used=used,
-        counted=used,
+        counted=Counted(used, ()),
         entry_leaf=entry_begin,
         root=(entry_begin, 1),
         nodes={},
         format=node_format,
     )
     fixed = image.uncounted()
-    if any(used.count(1, first, first + length) != length for first, length in [*fixed, *bitmap_extents]):
+    if not all(used.all_used(extent) for extent in [*fixed, *bitmap_extents]):
         raise authentication_failure("fixed places in the bitmap")
-    image.counted = with_ranges(bytearray(used), fixed, 0)
+    image.counted = Counted(used, fixed)
     # The entry leaf was believed on its own MAC so far; an older one has a valid MAC too, but not in this tree.
     if image.read((entry_begin, layout.leaf_ab)) != entry_raw:
         raise authentication_failure("entry leaf in the tree")

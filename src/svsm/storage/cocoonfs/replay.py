@@ -14,8 +14,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from svsm.formats.errors import FormatError
-from svsm.storage.cocoonfs.allocation import bits_per_bitmap_block, with_ranges
+from svsm.storage.cocoonfs.allocation import bits_per_bitmap_block
 from svsm.storage.cocoonfs.aux import aux_extents
+from svsm.storage.cocoonfs.blockmap import with_ranges
 from svsm.storage.cocoonfs.encoding import Extent, decode_block_pointer, merge_ranges
 from svsm.storage.cocoonfs.entities import authentication_failure
 from svsm.storage.cocoonfs.geometry import TreeGeometry

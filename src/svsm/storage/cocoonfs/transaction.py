@@ -21,13 +21,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from svsm.formats.errors import StateError
-from svsm.storage.cocoonfs.allocation import (
-    Space,
-    bits_per_bitmap_block,
-    no_space,
-    pack_states,
-    with_ranges,
-)
+from svsm.storage.cocoonfs.allocation import Space, bits_per_bitmap_block, no_space
+from svsm.storage.cocoonfs.blockmap import BlockMap, Counted, pack_states
 from svsm.storage.cocoonfs.encoding import (
     MAX_POINTER_EXTENT_AB,
     Extent,
@@ -83,7 +78,7 @@ class CommitPlan:
     log_tails: list[tuple[int, bytes]] = field(repr=False)
     head: bytes = field(repr=False)
     tree: TreeUpdate
-    used: bytearray = field(repr=False)
+    used: BlockMap = field(repr=False)
     nodes: dict[int, Node] = field(repr=False)
     freed_nodes: list[Extent] = field(repr=False)
     root: tuple[int, int]
@@ -93,7 +88,7 @@ class CommitPlan:
         image.header, image.counter, image.root = self.header, self.counter, self.root
         image.tree.adopt(self.tree)
         image.used = self.used
-        image.counted = with_ranges(bytearray(self.used), image.uncounted(), 0)
+        image.counted = Counted(self.used, image.uncounted())
         for block, _ in self.freed_nodes:
             image.nodes.pop(block, None)
         image.nodes.update(self.nodes)
@@ -106,7 +101,7 @@ class _Layout:
         self.layout = image.volume.layout
         self.keys = image.volume.keys
         self.space = Space(self.layout, image.used, frugal=frugal)
-        self.used = bytearray(image.used)
+        self.used = image.used.copy()
         self.freed: list[Extent] = []
         self.writes: list[tuple[int, bytes]] = []
         self.editor = IndexEditor(image.format, image.load, image.root, self.space.block)
@@ -139,7 +134,7 @@ class _Layout:
         at = 0
         for begin, length in extents:
             self.writes.append((begin, content[at : at + length * self.layout.ab_bytes]))
-            with_ranges(self.used, ((begin, length),), 1)
+            self.used.set(((begin, length),), 1)
             at += length * self.layout.ab_bytes
 
     def _place_list(self, inode: int, encoded: bytes) -> Extent:
@@ -209,13 +204,9 @@ class _Layout:
         per_block = bits_per_bitmap_block(self.layout)
         encrypt = self.keys.encryptor(BITMAP_INODE)
         size = self.layout.bitmap_ab * self.layout.ab_bytes
-        before, after = self.image.used, self.used
-        for number, begin in enumerate(range(0, len(after), per_block)):
-            bits = after[begin : begin + per_block]
-            if bits == before[begin : begin + per_block]:
-                continue
+        for number in self.used.differing(self.image.used, per_block):
             place = block_place(self.image.bitmap_extents, number * self.layout.bitmap_ab)
-            words = pack_states(bits.ljust(per_block, b"\0"))
+            words = pack_states(self.used.states(number * per_block, (number + 1) * per_block))
             self.writes.append((place, encrypt_block(encrypt, words, size, self.random)))
 
     # -- contents of blocks ------------------------------------------------------------------------------------
@@ -252,13 +243,13 @@ class _Layout:
     def _old_io(self, number: int) -> bytes:
         """An IO block as it is now; random where none of it is in use."""
         unit, size = self.layout.io_ab, self.layout.ab_bytes
-        if 1 not in self.image.used[number * unit : (number + 1) * unit]:
+        if not self.image.used.any_used(number * unit, (number + 1) * unit):
             return self.random(unit * size)
         per_journal = self.layout.journal_ab // unit
         skip = number % per_journal * unit * size
         return self._base_block(number // per_journal)[skip : skip + unit * size]
 
-    def _new_content(self, begin: int, end: int, dirty: Mapping[int, bytes], counted: bytearray) -> bytes:
+    def _new_content(self, begin: int, end: int, dirty: Mapping[int, bytes], counted: Counted) -> bytes:
         """Contents of journal-aligned ``[begin, end)`` after the commit, as far as they count."""
         unit, io_unit = self.layout.journal_ab, self.layout.io_ab
         io_bytes = self.layout.io_bytes
@@ -266,7 +257,7 @@ class _Layout:
         for lo in range(begin, end, unit):
             numbers = range(lo // io_unit, (lo + unit) // io_unit)
             missing = [number for number in numbers if number not in dirty]
-            if missing and 1 in counted[lo : lo + unit]:
+            if missing and 1 in counted.states(lo, lo + unit):
                 base = self._base_block(lo // unit)
                 parts += [
                     dirty.get(number, base[(number - numbers[0]) * io_bytes : (number - numbers[0] + 1) * io_bytes])
@@ -286,7 +277,7 @@ class _Layout:
         return merge_ranges(ranges)
 
     def _digests(
-        self, changed: list[Extent], dirty: Mapping[int, bytes], counted: bytearray
+        self, changed: list[Extent], dirty: Mapping[int, bytes], counted: Counted
     ) -> tuple[list[Extent], dict[int, bytes]]:
         """(ranges for the log, new digest of each data block)."""
         tree, unit = self.image.tree, self.layout.data_ab
@@ -296,9 +287,8 @@ class _Layout:
         for begin, length in changed:
             content = self._new_content(begin, begin + length, dirty, counted)
             end = min(begin + length, image_end)
-            states = bytes(counted[begin:end]).ljust(end - begin, b"\0")
             first = tree.geometry.block_at(begin)
-            made = tree.digester.digests(first, content, states)
+            made = tree.digester.digests(first, content, counted.states(begin, end))
             digests.update(enumerate(made, first))
             ranges.append((begin, end - begin))
         return ranges, digests
@@ -308,12 +298,12 @@ class _Layout:
     def plan(self) -> CommitPlan:
         """Lay out everything after all files."""
         nodes = self._index()
-        with_ranges(self.used, self.freed, 0)
+        self.used.set(self.freed, 0)
         # A block freed and taken again in one transaction does not happen: `Space` keeps what was in use.
         self._bitmap()
         self._check_room()
         image, layout = self.image, self.layout
-        counted = with_ranges(bytearray(self.used), image.uncounted(), 0)
+        counted = Counted(self.used, image.uncounted())
         counter = (image.counter + 1) % _COUNTER_LIMIT
         header = self._header(counter, nodes)
         begin = image.volume.places.header_begin_ab
@@ -352,11 +342,11 @@ class _Layout:
 
     def _check_room(self) -> None:
         """Refuse what would leave too little room for the journal of a later removal."""
-        unit = self.layout.io_ab
-        before = Space(self.layout, self.image.used).free_units(unit)
-        after = Space(self.layout, self.used).free_units(unit)
-        if after < before and after < self._reserve():
-            raise no_space(self.used.count(1) - self.image.used.count(1))
+        reserve = self._reserve()
+        if self.used.free_units(at_most=reserve) >= reserve:
+            return
+        if self.used.free_units() < self.image.used.free_units():
+            raise no_space(self.image.used.free_ab - self.used.free_ab)
 
     def _reserve(self) -> int:
         """IO blocks that the journal of a removal may need."""
@@ -378,7 +368,7 @@ class _Layout:
         old = self.image.used
         for number in sorted(dirty):
             lo = number // per_journal * unit
-            (staged if 1 in old[lo : lo + unit] else in_place).append(number)
+            (staged if old.any_used(lo, lo + unit) else in_place).append(number)
         return in_place, staged
 
     def _journal(

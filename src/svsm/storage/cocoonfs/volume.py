@@ -252,7 +252,7 @@ class Volume:
     @property
     def free_bytes(self) -> int:
         """Unallocated space; a file can use a little less."""
-        return self._image.used.count(0) * self._image.volume.layout.ab_bytes
+        return self._image.used.free_ab * self._image.volume.layout.ab_bytes
 
     @property
     def layout(self) -> ImageLayout:

@@ -72,7 +72,7 @@ def check(volume: Volume) -> None:
     for begin, length in extents:
         assert not any(seen[begin : begin + length])
         seen[begin : begin + length] = b"\1" * length
-    assert seen == image.used
+    assert seen == image.used.states(0, image.image_ab)
     geometry = image.tree.geometry
     for _, (begin, length) in geometry.runs(0, geometry.data_blocks):
         image.read_checked(begin, begin + length)

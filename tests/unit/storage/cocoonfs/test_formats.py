@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from svsm.formats.cursor import Cursor
 from svsm.formats.errors import FormatError, IntegrityError, SvsmError
 from svsm.storage.cocoonfs import Volume, integrity
-from svsm.storage.cocoonfs.allocation import Space, pack_states, parse_states
+from svsm.storage.cocoonfs.allocation import Space
+from svsm.storage.cocoonfs.blockmap import BlockMap, pack_states, parse_states
 from svsm.storage.cocoonfs.encoding import (
     NIL,
     decode_block_pointer,
@@ -259,10 +260,10 @@ def test_file_entity(data: bytes) -> None:
 
 
 def test_space_never_hands_out_twice() -> None:
-    used = bytearray(64)
-    used[3:9] = b"\1" * 6
+    used = BlockMap(DEFAULT_LAYOUT, 64)
+    used.set([(3, 6)], 1)
     space = Space(DEFAULT_LAYOUT, used)
-    seen = bytearray(used)
+    seen = bytearray(used.states(0, 64))
     for extent in [*space.for_file(20), *space.for_file(2), *space.pieces(16, 4), (space.block(1), 1)]:
         begin, length = extent
         assert not any(seen[begin : begin + length])

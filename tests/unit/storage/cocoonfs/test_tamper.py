@@ -48,7 +48,7 @@ def _unauthenticated(content: bytes) -> dict[str, set[int]]:
 
     kinds: dict[str, set[int]] = {}
     kinds["unallocated block"] = {
-        byte for block, state in enumerate(image.used) if not state for byte in span(block, 1)
+        byte for block, state in enumerate(image.used.states(0, image.image_ab)) if not state for byte in span(block, 1)
     }
     kinds["inactive journal head"] = span(*places.journal_head)
     used = places.header_begin_ab * size + MutableHeader.size_bytes(layout)
