@@ -19,10 +19,10 @@ import socket
 from svsm.formats.errors import SvsmError
 from svsm.formats.virtio import RegisterMessage, RegisterOperation
 from svsm.host.devices.virtio_blk import BlkBackend, BlkOptions
-from svsm.host.devices.virtio_mmio import MmioBlk
+from svsm.host.devices.virtio_mmio import MmioBlk, MmioDevice
 from svsm.host.devices.virtio_ring import Window
 
-__all__ = ["fork", "serve"]
+__all__ = ["fork", "send_interrupt", "serve", "serve_access"]
 
 _READ_BYTES = RegisterMessage.SIZE + 1
 
@@ -45,32 +45,41 @@ def serve(
         options: What the device offers.
     """
 
-    def interrupt() -> None:
-        # A full socket means that the driver has interrupts to read already.
-        with contextlib.suppress(OSError):
-            connection.send(
-                RegisterMessage(RegisterOperation.INTERRUPT, 0, 0, 0).pack(), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-            )
-
     window = Window(memoryview(memory), address=address)
-    device = MmioBlk(BlkBackend(disk, options or BlkOptions()), window, interrupt=interrupt)
-    while True:
-        try:
-            raw = connection.recv(_READ_BYTES)
-        except OSError:
-            return
-        if not raw:
-            return
-        try:
-            message = RegisterMessage.parse(raw)
-        except SvsmError:
-            continue
-        if message.operation == RegisterOperation.WRITE:
-            device.write32(message.offset, message.value)
-        elif message.operation == RegisterOperation.READ:
-            answer = message.replace(value=device.read32(message.offset)).pack()
-            with contextlib.suppress(OSError):
-                connection.send(answer, socket.MSG_NOSIGNAL)
+    backend = BlkBackend(disk, options or BlkOptions())
+    device = MmioBlk(backend, window, interrupt=lambda: send_interrupt(connection))
+    while serve_access(connection, device):
+        pass
+
+
+def send_interrupt(connection: socket.socket) -> None:
+    """Tell the driver that the line is raised."""
+    # A full socket means that the driver has interrupts to read already.
+    with contextlib.suppress(OSError):
+        connection.send(
+            RegisterMessage(RegisterOperation.INTERRUPT, 0, 0, 0).pack(), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+        )
+
+
+def serve_access(connection: socket.socket, device: MmioDevice) -> bool:
+    """Take one message of the driver and do what it says; False when the driver has hung up."""
+    try:
+        raw = connection.recv(_READ_BYTES)
+    except OSError:
+        return False
+    if not raw:
+        return False
+    try:
+        message = RegisterMessage.parse(raw)
+    except SvsmError:
+        return True
+    if message.operation == RegisterOperation.WRITE:
+        device.write32(message.offset, message.value)
+    elif message.operation == RegisterOperation.READ:
+        answer = message.replace(value=device.read32(message.offset)).pack()
+        with contextlib.suppress(OSError):
+            connection.send(answer, socket.MSG_NOSIGNAL)
+    return True
 
 
 def fork(
