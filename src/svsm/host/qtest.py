@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from svsm.formats.errors import BackendError, ProtocolError, StateError, SvsmError
 from svsm.formats.record import Buffer
 
-__all__ = ["QtestClient", "QtestProtocol"]
+__all__ = ["QtestClient", "QtestProtocol", "in_command", "out_command", "read_command", "write_command"]
 
 _LONGEST_LINE = 8 << 20
 _CHUNK_BYTES = 256 << 10
@@ -37,6 +37,30 @@ _INS = {1: "inb", 2: "inw", 4: "inl"}
 _OUTS = {1: "outb", 2: "outw", 4: "outl"}
 _MEMORY_BYTES = 1 << 20
 """Of one memory command."""
+
+
+def read_command(address: int, width_bytes: int) -> str:
+    """Read guest memory or device registers: 1, 2, 4 or 8 bytes.
+
+    Raises:
+        StateError: ``qemu-width``, as the three others.
+    """
+    return f"{_verb(_READS, width_bytes)} {address:#x}"
+
+
+def write_command(address: int, width_bytes: int, value: int) -> str:
+    """Write guest memory or device registers."""
+    return f"{_verb(_WRITES, width_bytes)} {address:#x} {value:#x}"
+
+
+def in_command(port: int, width_bytes: int) -> str:
+    """Read an I/O port: 1, 2 or 4 bytes."""
+    return f"{_verb(_INS, width_bytes)} {port:#x}"
+
+
+def out_command(port: int, width_bytes: int, value: int) -> str:
+    """Write an I/O port."""
+    return f"{_verb(_OUTS, width_bytes)} {port:#x} {value:#x}"
 
 
 class QtestProtocol:
@@ -204,20 +228,19 @@ class QtestClient:
 
     def read(self, address: int, width_bytes: int) -> int:
         """Guest memory or device registers: 1, 2, 4 or 8 bytes."""
-        return self._numbers([f"{_verb(_READS, width_bytes)} {address:#x}"])[0]
+        return self._numbers([read_command(address, width_bytes)])[0]
 
     def write(self, address: int, width_bytes: int, value: int) -> None:
         """As `read`; posted."""
-        self.post([f"{_verb(_WRITES, width_bytes)} {address:#x} {value:#x}"])
+        self.post([write_command(address, width_bytes, value)])
 
     def port_in(self, port: int, width_bytes: int, count: int = 1) -> list[int]:
         """Read a port so many times."""
-        return self._numbers([f"{_verb(_INS, width_bytes)} {port:#x}"] * count)
+        return self._numbers([in_command(port, width_bytes)] * count)
 
     def port_out(self, port: int, width_bytes: int, values: Sequence[int]) -> None:
         """Write a port once for each value; posted."""
-        verb = _verb(_OUTS, width_bytes)
-        self.post([f"{verb} {port:#x} {value:#x}" for value in values])
+        self.post([out_command(port, width_bytes, value) for value in values])
 
     def memory_read(self, address: int, length: int) -> bytes:
         """Bytes of guest memory."""
