@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from svsm.formats.errors import FormatError
 from svsm.storage.cocoonfs.allocation import bitmap_blocks
-from svsm.storage.cocoonfs.aux import aux_extents
+from svsm.storage.cocoonfs.auxarea import aux_extents
 from svsm.storage.cocoonfs.blockio import BlockIo
 from svsm.storage.cocoonfs.blockmap import BlockMap, Counted, parse_states
 from svsm.storage.cocoonfs.encoding import Extent, decode_block_pointer, decode_extents_list

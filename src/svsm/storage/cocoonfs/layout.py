@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from svsm.formats.cursor import Cursor
-from svsm.formats.errors import FormatError
+from svsm.formats.errors import FormatError, PolicyError
 from svsm.formats.record import U8, U16, Bytes, Record, record
 from svsm.storage.cocoonfs import integrity
 from svsm.storage.cocoonfs.primitives import (
@@ -29,6 +29,7 @@ __all__ = [
     "CREATION_MAGIC",
     "DEFAULT_LAYOUT",
     "FIRST_USER_INODE",
+    "FORMAT_VERSION",
     "INDEX_INODE",
     "JOURNAL_MAGIC",
     "MAGIC",
@@ -37,8 +38,6 @@ __all__ = [
     "StaticHeader",
     "Subject",
     "align_up",
-    "backup_creation_offset",
-    "creation_header_is_valid",
 ]
 
 MAGIC = b"COCOONFS"
@@ -52,11 +51,10 @@ INDEX_INODE = 3
 FIRST_USER_INODE = 16
 
 _STATIC_SECTION, _STATIC_SKIP = 31, 8
-_CREATION_SECTION, _CREATION_SKIP = 47, 8
 _COUNTER_BYTES = 16
 _MAX_BLOCK_LOG2 = 6
-_MAX_NODE_LOG2 = 12
-_MAX_ALLOCATION_BLOCK_LOG2 = 13  # 1 MiB: far above anything made, far below anything that hurts
+_ADDRESS_BITS = 64
+_MAX_BLOCK_BYTES = 64 << 20
 
 
 class Subject:
@@ -96,10 +94,15 @@ class ImageLayout(Record):
     cipher_key_bits: U16
 
     def validate(self) -> None:
-        """Refuse sizes beyond the format's limits and algorithms that are not supported.
+        """Refuse sizes beyond the format's limits, blocks of more than 64 MiB, and algorithms that are not known.
+
+        The format bounds the four sizes that are counted in bits of one bitmap word (64 allocation blocks), and lets
+        every other size grow until it no longer fits 64 bits of bytes. The second limit is ours: a block is handled in
+        one piece of memory, and a header in clear text must not be able to ask for any amount of it.
 
         Raises:
-            FormatError: ``cocoonfs-layout``, ``cocoonfs-unsupported-hash``, ``cocoonfs-unsupported-cipher``.
+            FormatError: ``cocoonfs-layout``, ``cocoonfs-unsupported-layout``, ``cocoonfs-unsupported-hash``,
+                ``cocoonfs-unsupported-cipher``.
         """
         within_64 = (
             self.io_block_allocation_blocks_log2,
@@ -107,20 +110,46 @@ class ImageLayout(Record):
             self.index_leaf_node_allocation_blocks_log2,
             self.index_internal_node_allocation_blocks_log2,
         )
-        if (
-            self.allocation_block_size_128b_log2 > _MAX_ALLOCATION_BLOCK_LOG2
-            or max(within_64) > _MAX_BLOCK_LOG2
-            or self.auth_tree_node_io_blocks_log2 > _MAX_NODE_LOG2
-            or self.bitmap_file_block_allocation_blocks_log2 > _MAX_NODE_LOG2
-        ):
+        unit_log2 = self.allocation_block_size_128b_log2 + 7
+        largest_log2 = unit_log2 + max(
+            *within_64,
+            self.io_block_allocation_blocks_log2 + self.auth_tree_node_io_blocks_log2,
+            self.bitmap_file_block_allocation_blocks_log2,
+        )
+        if max(within_64) > _MAX_BLOCK_LOG2 or largest_log2 >= _ADDRESS_BITS:
             raise FormatError("a block size is beyond the format's limits", code="cocoonfs-layout", got=self.pack())
-        for hash_id in (self.auth_tree_node_hash, self.auth_tree_data_hmac_hash, self.auth_tree_root_hmac_hash):
+        if largest_log2 >= _MAX_BLOCK_BYTES.bit_length():
+            raise FormatError(
+                "blocks of more than 64 MiB are not supported", code="cocoonfs-unsupported-layout", got=self.pack()
+            )
+        for hash_id in self._hash_ids():
             hash_algorithm(hash_id)
-        hash_algorithm(self.preauth_hmac_hash)
-        hash_algorithm(self.kdf_hash)
         if min(self.node_bytes // (2 * h.digest_bytes) for h in (self.node_hash, self.data_hash)) < 1:
             raise FormatError("an authentication tree node holds no two digests", code="cocoonfs-layout")
         _ = self.cipher
+
+    def _hash_ids(self) -> tuple[int, ...]:
+        return (
+            self.auth_tree_node_hash,
+            self.auth_tree_data_hmac_hash,
+            self.auth_tree_root_hmac_hash,
+            self.preauth_hmac_hash,
+            self.kdf_hash,
+        )
+
+    def refuse_weak(self) -> None:
+        """Refuse SHA-1 and TDES; `validate` comes first.
+
+        Raises:
+            PolicyError: ``cocoonfs-weak``.
+        """
+        if self.cipher.weak or any(hash_algorithm(hash_id).weak for hash_id in self._hash_ids()):
+            raise PolicyError(
+                "this configuration uses SHA-1 or TDES",
+                code="cocoonfs-weak",
+                hint="choose SHA-2, SHA-3 or SM3 with AES, Camellia or SM4, or allow weak algorithms explicitly",
+                got=self.pack(),
+            )
 
     @property
     def ab_bytes(self) -> int:
@@ -327,31 +356,3 @@ class MutableHeader:
                 "the image size in the mutable header is malformed", code="cocoonfs-format", got=header.image_ab
             )
         return header
-
-
-def backup_creation_offset(device_bytes: int) -> int | None:
-    """Where a creation-info header has its backup copy; None on a device too small for one."""
-    units = device_bytes // 128
-    if units < 64:
-        return None
-    shift = units.bit_length() - 1 - 4
-    return (((units >> shift) - 1) << shift) * 128
-
-
-def creation_header_is_valid(data: bytes) -> bool:
-    """Whether `data` (at least one IO block of it) starts with an intact creation-info header."""
-    if data[:8] != CREATION_MAGIC:
-        return False
-    plain = integrity.tier0(data, section=_CREATION_SECTION, head_skip=_CREATION_SKIP)
-    if plain is None:
-        return False
-    layout = ImageLayout.parse(plain[9:30])
-    if layout.allocation_block_size_128b_log2 > _MAX_ALLOCATION_BLOCK_LOG2:
-        return False
-    if layout.io_block_allocation_blocks_log2 > _MAX_BLOCK_LOG2:
-        return False
-    size = align_up(47 + integrity.section_bytes(layout.io_bytes) + plain[46], layout.io_bytes)
-    protected = integrity.unprotect(
-        data[:size], section=_CREATION_SECTION, head_skip=_CREATION_SKIP, io_block_bytes=layout.io_bytes
-    )
-    return protected is not None

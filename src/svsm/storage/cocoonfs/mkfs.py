@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from svsm.formats.errors import FormatError
 from svsm.storage.cocoonfs.allocation import bitmap_blocks, bits_per_bitmap_block, pack_states, with_ranges
-from svsm.storage.cocoonfs.aux import NO_AUX
+from svsm.storage.cocoonfs.auxarea import NO_AUX
 from svsm.storage.cocoonfs.encoding import (
     MAX_POINTER_EXTENT_AB,
     Extent,

@@ -4,6 +4,10 @@
 Everything in the file system that computes a hash, a MAC, a cipher or a checksum goes through here, so that the
 measured payload needs neither `hashlib` nor `hmac` of the standard library (they would bind the system's libcrypto).
 
+SHA-1 and TDES exist only behind a flag that whoever makes or opens a volume has to set (`weak` here, `allow_weak`
+there). TDES and Camellia come from a part of pyca/cryptography that nothing imports before a volume names them; the
+measured payload does not contain it, so there they are simply not supported.
+
 Two shapes make the file system fast enough in Python: a MAC state prepared once per key and copied per message, and
 one long-lived CBC context per key and direction. A CBC decryptor that is fed ``IV || ciphertext`` yields one block
 to drop and then the plaintext, whatever it decrypted before; an encryptor that is fed ``random block || plaintext``
@@ -30,6 +34,7 @@ __all__ = [
     "AES",
     "CBC_MODE_ID",
     "SHA256",
+    "TDES",
     "CipherAlgorithm",
     "HashAlgorithm",
     "checksum",
@@ -43,17 +48,19 @@ __all__ = [
 CBC_MODE_ID = 0x0042
 SHA256 = 0x000B
 AES = 0x0006
+TDES = 0x0003
 _BLOCK = 16
 _SWAP_PAIRS = bytes(((b & 0x55) << 1) | ((b & 0xAA) >> 1) for b in range(256))
 
 
 @dataclass(frozen=True, slots=True)
 class HashAlgorithm:
-    """A hash: TCG identifier, digest length in bytes, and how to make it."""
+    """A hash: TCG identifier, digest length in bytes, how to make it, whether it is weak."""
 
     tcg_id: int
     digest_bytes: int
     make: Callable[[], hashes.HashAlgorithm]
+    weak: bool = False
 
     def digest(self, *parts: Buffer) -> bytes:
         """The hash of the parts' concatenation."""
@@ -66,6 +73,7 @@ class HashAlgorithm:
 _HASHES = {
     algorithm.tcg_id: algorithm
     for algorithm in (
+        HashAlgorithm(0x0004, 20, hashes.SHA1, weak=True),
         HashAlgorithm(0x000B, 32, hashes.SHA256),
         HashAlgorithm(0x000C, 48, hashes.SHA384),
         HashAlgorithm(0x000D, 64, hashes.SHA512),
@@ -127,6 +135,11 @@ class CipherAlgorithm:
 
     tcg_id: int
     key_bits: int
+
+    @property
+    def weak(self) -> bool:
+        """Whether it needs the flag for weak choices."""
+        return self.tcg_id == TDES
 
     @property
     def key_bytes(self) -> int:

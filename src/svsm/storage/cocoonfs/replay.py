@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from svsm.formats.errors import FormatError
 from svsm.storage.cocoonfs.allocation import bits_per_bitmap_block
-from svsm.storage.cocoonfs.aux import aux_extents
+from svsm.storage.cocoonfs.auxarea import aux_extents
 from svsm.storage.cocoonfs.blockmap import with_ranges
 from svsm.storage.cocoonfs.encoding import Extent, decode_block_pointer, merge_ranges
 from svsm.storage.cocoonfs.entities import authentication_failure

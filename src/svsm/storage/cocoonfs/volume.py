@@ -18,6 +18,7 @@ from typing import Self
 from svsm.abi.block import BlockDevice
 from svsm.formats.errors import FormatError, StateError
 from svsm.storage.cocoonfs.blockio import BlockIo
+from svsm.storage.cocoonfs.creation import backup_offset
 from svsm.storage.cocoonfs.entities import Random
 from svsm.storage.cocoonfs.geometry import FixedPlaces
 from svsm.storage.cocoonfs.image import Image, VolumeContext, open_image
@@ -31,7 +32,6 @@ from svsm.storage.cocoonfs.layout import (
     MAGIC,
     ImageLayout,
     StaticHeader,
-    backup_creation_offset,
 )
 from svsm.storage.cocoonfs.mkfs import format_volume
 from svsm.storage.cocoonfs.replay import plan_replay
@@ -94,7 +94,7 @@ def probe(device: BlockDevice) -> Probe:
     head = _read_start(device, 0, 8)[:8]
     if head == MAGIC:
         return Probe.BLANK if _is_torn_creation(device) else Probe.COCOONFS
-    backup = backup_creation_offset(device.size_bytes)
+    backup = backup_offset(device.size_bytes)
     if head == CREATION_MAGIC or (backup is not None and _read_start(device, backup, 8)[:8] == CREATION_MAGIC):
         return Probe.CREATION_INFO
     return Probe.BLANK

@@ -369,7 +369,7 @@ def test_other_algorithms(hashes: int, cipher: tuple[int, int]) -> None:
 def test_unknown_algorithms() -> None:
     device = MemoryDevice(64 << 10)
     for field, value, code in [
-        ("auth_tree_node_hash", 4, "cocoonfs-unsupported-hash"),
+        ("auth_tree_node_hash", 5, "cocoonfs-unsupported-hash"),
         ("kdf_hash", 0xFFFF, "cocoonfs-unsupported-hash"),
         ("cipher_algorithm", 3, "cocoonfs-unsupported-cipher"),
         ("cipher_key_bits", 512, "cocoonfs-unsupported-cipher"),
