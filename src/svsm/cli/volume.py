@@ -10,6 +10,7 @@ import argparse
 import base64
 import json
 import os
+import stat
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,28 +80,30 @@ def _key(path: Path) -> bytes:
 
 def _open(image: Path, key_file: Path) -> tuple[Volume, bool]:
     """The volume, and whether a commit was pending."""
-    from svsm.storage.cocoonfs import FoundJournal, Volume
-    from svsm.storage.drivers.overlay import OverlayDevice
+    from svsm.storage.cocoonfs import Decision, FoundJournal, Volume
 
     key = _key(key_file)
     pending: list[int] = []
 
-    def decide(found: FoundJournal) -> bool:
+    def decide(found: FoundJournal) -> Decision:
         pending.append(found.counter)
-        return True
+        return Decision.YES
 
-    volume = Volume.open(OverlayDevice(_device(image)), key, decide=decide)
+    volume = Volume.open(_device(image), key, decide=decide, read_only=True)
     return volume, bool(pending)
 
 
 def _device(image: Path) -> BlockDevice:
     from svsm.formats.errors import BackendError
     from svsm.storage.drivers.file import FileDevice
+    from svsm.storage.drivers.linux import LinuxDevice
 
     try:
         descriptor = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise BackendError(f"cannot open the image: {error.strerror}", code="volume-image") from error
+    if stat.S_ISBLK(os.fstat(descriptor).st_mode):
+        return LinuxDevice(descriptor, read_only=True)
     # The smallest block there is: a reader need not care what the medium writes at once.
     return FileDevice(descriptor, block_size_bytes=128, read_only=True)
 

@@ -34,6 +34,7 @@ class Role(enum.Enum):
     PROXY = "proxy"
     BROKER = "broker"
     DEVICE = "device"
+    QEMU = "qemu"
 
 
 class Test(enum.Enum):
@@ -83,7 +84,8 @@ _AT_EMPTY_PATH = 0x1000
 _FCNTL = (0, 1, 2, 3, 4, 1030, 1033, 1034)  # DUPFD, GETFD, SETFD, GETFL, SETFL, DUPFD_CLOEXEC, ADD_SEALS, GET_SEALS
 _LOCKS = (5, 6, 7, 36, 37, 38)  # GETLK, SETLK, SETLKW and their open-file-description kin
 _IOCTL = (0x5421, 0x541B, 0x5450, 0x5451)  # FIONBIO, FIONREAD, FIONCLEX, FIOCLEX
-_DISK_IOCTL = (0x80081272, 0x1268, 0x127B, 0x1277)  # BLKGETSIZE64, BLKSSZGET, BLKPBSZGET, BLKDISCARD
+_DISK_IOCTL = (0x80081272, 0x1268, 0x127B, 0x125E, 0x1277, 0x127F)
+# BLKGETSIZE64, BLKSSZGET, BLKPBSZGET, BLKROGET, BLKDISCARD, BLKZEROOUT
 _PRCTL = (15, 16, 3, 0x53564D41)  # SET_NAME, GET_NAME, GET_DUMPABLE, SET_VMA (libc names its arenas)
 _AF_UNIX = 1
 _SOCKET_LEVELS = (1, 6)  # SOL_SOCKET, IPPROTO_TCP
@@ -160,15 +162,23 @@ _DISK = (
     Allow(_calls("fsync fdatasync"), "flushing the disk whose descriptor it was given"),
     Allow(_calls("preadv pwritev"), "vectored reads and writes of the disk"),
     Allow(_calls("flock"), "exclusive use of the disk"),
-    Allow(_calls("fallocate ftruncate"), "discarding and sizing; bounded by the descriptor's own rights"),
-    Allow(_calls("ioctl"), "size and sectors of a block device", Condition(1, Test.ONE_OF, _DISK_IOCTL, errno.ENOTTY)),
+    Allow(_calls("fallocate ftruncate"), "zeroing, discarding and sizing; bounded by the descriptor's own rights"),
+    Allow(
+        _calls("ioctl"),
+        "a block device: size, sectors, writability, discarding, zeroing",
+        Condition(1, Test.ONE_OF, _DISK_IOCTL, errno.ENOTTY),
+    ),
     Allow(_calls("fcntl"), "locks of the disk", Condition(1, Test.ONE_OF, _LOCKS, errno.EPERM)),
 )
 
-_FILES = (
+_LOOKING = (
     Allow(_calls("open openat"), "its own files; which, Landlock says"),
     Allow(_calls("stat lstat newfstatat statx access faccessat faccessat2"), "looking at its own files"),
     Allow(_calls("readlink readlinkat getcwd getdents64 statfs fstatfs fadvise64"), "looking at its own files"),
+)
+
+_FILES = (
+    *_LOOKING,
     Allow(_calls("unlink unlinkat link rename renameat renameat2 mkdir mkdirat rmdir"), "changing its own folder"),
     Allow(_calls("fchmod fchown chmod fchmodat umask utimensat"), "modes of its own files and sockets"),
 )
@@ -198,6 +208,18 @@ _START_PROCESSES = (
     Allow(_calls("fcntl ioctl"), "the start of a program: seals, terminal questions"),
 )
 
+_QEMU = (
+    Allow(_calls("mmap mprotect"), "its own code and libraries, and the code that it translates the halted guest into"),
+    Allow(_calls("execve arch_prctl"), "becoming QEMU; Landlock lets nothing else be started"),
+    Allow(_calls("signalfd4 rt_sigtimedwait"), "its main loop takes signals as events"),
+    Allow(_calls("get_mempolicy set_mempolicy mbind fchdir"), "what its libraries ask while they are loaded"),
+    Allow(
+        _calls("io_uring_setup"),
+        "its main loop tries it first and does without",
+        Condition(0, Test.ONE_OF, (0,), errno.ENOSYS),
+    ),
+)
+
 ROLES: dict[Role, tuple[Allow, ...]] = {
     Role.KERNEL: _RUNTIME + _NO_EXEC + _MESSAGES + _DISK,
     Role.SERVICE: _RUNTIME + _NO_EXEC + _MESSAGES,
@@ -218,6 +240,7 @@ ROLES: dict[Role, tuple[Allow, ...]] = {
     Role.VCPU: _RUNTIME + _EXEC_MEMORY + _MESSAGES,
     Role.HOST: _RUNTIME + _NO_EXEC + _MESSAGES + _DISK + _FILES + _NETWORK,
     Role.DEVICE: _RUNTIME + _NO_EXEC + _MESSAGES + _DISK,
+    Role.QEMU: _RUNTIME + _MESSAGES + _DISK + _LOOKING + _QEMU,
     Role.PROXY: _RUNTIME + _NO_EXEC + _MESSAGES + _FILES + _NETWORK,
     Role.BROKER: _RUNTIME + _NO_EXEC + _MESSAGES + _DISK + _FILES + _NETWORK,
 }

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """The disk that the host offers, and the volume on it.
 
-The kernel opens nothing. Usually the host names the registers of a virtio disk, and the driver does the rest through
-exits and shared memory. Or it gives a descriptor, and what kind it is decides the driver: a regular file or block
-device gets the file driver, a connected stream socket the block protocol of a disk process. Everything else, and
+The kernel opens nothing. A disk behind registers is `svsm.kernel.devices`' business. Where the device tree names none,
+the host gives a descriptor, and what kind it is decides the driver: a regular file, a block
+special file, or a connected stream socket, which gets the block protocol of a disk process. Everything else, and
 every lie about either, is refused.
 """
 
@@ -17,31 +17,12 @@ import uuid
 from svsm.abi.block import BlockDevice
 from svsm.abi.descriptors import client_socket
 from svsm.abi.errors import BackendError, SvsmError
-from svsm.abi.platform import Device, DeviceKind, Platform
-from svsm.storage.drivers.dma import DmaMemory
 from svsm.storage.drivers.file import FileDevice
+from svsm.storage.drivers.linux import LinuxDevice
 from svsm.storage.drivers.remote import RemoteDevice
-from svsm.storage.drivers.virtio.blk import BlkPolicy, VirtioBlk
-from svsm.storage.drivers.virtio.mmio import MmioTransport
 from svsm.storage.volume import Probe, Volume, probe
 
-__all__ = ["VIRTIO_POLICY", "VolumeDisk", "open_descriptor", "open_disk"]
-
-VIRTIO_POLICY = BlkPolicy(queue_size=128, large_bytes=256 << 10, large_slots=2)
-"""Fits the shared memory that there is for a disk."""
-
-
-def open_disk(platform: Platform, device: Device) -> BlockDevice:
-    """The driver for what the host has offered; the device is its own from now on.
-
-    Raises:
-        BackendError, StateError, ProtocolError: ``platform-mmio``, ``virtio-…``, and as `open_descriptor`.
-    """
-    if device.kind is not DeviceKind.VIRTIO_MMIO:
-        return open_descriptor(device.descriptor)
-    transport = MmioTransport(platform.registers(device.gpa))
-    gpa, memory = platform.device_memory()
-    return VirtioBlk(transport, DmaMemory(memory, address=gpa), policy=VIRTIO_POLICY)
+__all__ = ["VolumeDisk", "open_descriptor"]
 
 
 def open_descriptor(descriptor: int) -> BlockDevice:
@@ -55,8 +36,10 @@ def open_descriptor(descriptor: int) -> BlockDevice:
         mode = os.fstat(descriptor).st_mode
     except OSError as failed:
         raise BackendError("the disk's descriptor is not usable", code="disk-kind") from failed
-    if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+    if stat.S_ISREG(mode):
         return FileDevice(descriptor)
+    if stat.S_ISBLK(mode):
+        return LinuxDevice(descriptor)
     if stat.S_ISSOCK(mode):
         connection = client_socket(descriptor)
         if connection.family == socket.AF_UNIX:

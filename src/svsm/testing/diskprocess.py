@@ -33,6 +33,7 @@ from svsm.storage.drivers.remote import (
     STATUS_IO_ERROR,
     STATUS_OK,
     WRITE,
+    ZERO,
     BlockMessage,
     RemoteDevice,
 )
@@ -101,7 +102,7 @@ def _handle(disk: CachedDisk, request: BlockMessage, data: bytes) -> tuple[int, 
         return STATUS_OK, request.offset, request.length, disk.read(request.offset, request.length)
     if request.operation == WRITE:
         disk.write(request.offset, data)
-    elif request.operation == DISCARD:
+    elif request.operation in (DISCARD, ZERO):
         disk.write(request.offset, bytes(request.length))
     elif request.operation == FLUSH:
         disk.flush()

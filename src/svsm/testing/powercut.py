@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from svsm.abi.block import Extent, Range
 from svsm.formats.errors import BackendError
 from svsm.formats.record import Buffer
-from svsm.storage.drivers.checks import check_ranges
+from svsm.storage.drivers.checks import check_extents, check_ranges
 from svsm.storage.drivers.memory import MemoryDevice
 
 __all__ = ["PIECE_BYTES", "CrashImage", "Event", "Mark", "PowerCutDisk", "crash_images"]
@@ -108,8 +108,8 @@ class PowerCutDisk:
     def write(self, extents: Sequence[Extent]) -> None:
         """Write all extents; each counts as one write."""
         self._power("write")
-        sizes = [(offset, len(data)) for offset, data in extents]
-        check_ranges(sizes, size_bytes=self.size_bytes, block_size_bytes=self.block_size)
+        self._device.write([])  # refuses where it has been closed
+        check_extents(extents, size_bytes=self.size_bytes, block_size_bytes=self.block_size)
         for offset, data in extents:
             number, self.writes = self.writes, self.writes + 1
             if number == self.cut_at_write:
@@ -129,10 +129,19 @@ class PowerCutDisk:
         self._device.flush()
         self.events.append(None)
 
+    def write_zeroes(self, ranges: Sequence[Range]) -> None:
+        """A write of zeros."""
+        check_ranges(ranges, size_bytes=self.size_bytes, block_size_bytes=self.block_size)
+        self.write([(offset, bytes(length)) for offset, length in ranges])
+
     def discard(self, ranges: Sequence[Range]) -> None:
         """Zeros, as a write that may be lost."""
-        for offset, length in ranges:
-            self.write([(offset, bytes(length))])
+        self.write_zeroes(ranges)
+
+    def poll(self) -> bool:
+        """It stays as it is."""
+        self._power("answer")
+        return self._device.poll()
 
     def close(self) -> None:
         """Refuse further calls."""

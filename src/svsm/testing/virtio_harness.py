@@ -9,6 +9,7 @@ moves only while the driver waits: a deadline of 30 seconds passes at once, and 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import mmap
 import os
 import threading
@@ -152,11 +153,12 @@ class Machine:
         os.close(self.descriptor)
 
 
-def disk_file(size_bytes: int, content: bytes = b"") -> int:
-    """A descriptor of a memory file of this size."""
-    descriptor = os.memfd_create("disk", os.MFD_CLOEXEC)
+def disk_file(size_bytes: int, content: bytes = b"", *, seals: int = 0) -> int:
+    """A descriptor of a memory file of this size, sealed afterwards (F_SEAL_WRITE: every write fails)."""
+    descriptor = os.memfd_create("disk", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(descriptor, size_bytes)
     os.pwrite(descriptor, content, 0)
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
     return descriptor
 
 

@@ -1,157 +1,77 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""A disk that is a regular file or a block special file, given as a descriptor.
+"""A disk that is a regular file.
 
-The descriptor comes from outside (the host opens the disk and hands it over); this code opens nothing and uses only
-pread, pwrite, fdatasync, fstat/lseek, flock and close, so it works behind an allow list of system calls. The lock
-keeps a second machine from using the same disk; it belongs to the open file and ends with its last descriptor.
-
-The size is read once. A host that shrinks the file later makes reads end early, which is an I/O error here.
+`write_zeroes` asks the file system for zeroed space (fallocate with ZERO_RANGE: it stays allocated, so that later
+writes do not fail for want of space), else for a hole, else writes zeros. `discard` punches holes, where there are
+holes. A host that shrinks the file makes reads end early, which is an I/O error here, until `poll` has seen it.
 """
 
 from __future__ import annotations
 
-import fcntl
+import ctypes
+import errno
+import functools
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Final
 
-from svsm.abi.block import Extent, Range
-from svsm.formats.errors import BackendError, StateError, SvsmError
-from svsm.storage.drivers.checks import (
-    block_io_error,
-    check_block_size,
-    check_ranges,
-    closed_error,
-    read_only_error,
-)
+from svsm.storage.drivers.descriptor import DescriptorDevice, system_error
 
 __all__ = ["FileDevice"]
 
-DEFAULT_BLOCK_SIZE_BYTES = 512
+DEFAULT_BLOCK_SIZE_BYTES: Final = 512
+_KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16
+_CANNOT: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
-class FileDevice:
-    """A `BlockDevice` on a descriptor, which it owns (it closes it even where this raises).
+class FileDevice(DescriptorDevice):
+    """A `BlockDevice` on a regular file's descriptor: see `DescriptorDevice`.
 
     Args:
-        descriptor: Open for reading, and for writing unless `read_only`.
+        descriptor: Open for reading, and for writing unless `read_only`; owned.
         block_size_bytes: Granularity: what the medium writes without tearing a smaller piece.
         read_only: Refuse writes; takes a shared lock instead of an exclusive one.
-
-    Raises:
-        StateError: ``block-in-use`` where another open file holds the lock; ``block-size``.
-        BackendError: ``block-io`` where the descriptor is neither a file nor a block device.
     """
 
     def __init__(
         self, descriptor: int, *, block_size_bytes: int = DEFAULT_BLOCK_SIZE_BYTES, read_only: bool = False
     ) -> None:
-        self._descriptor = descriptor
-        self._block_size = block_size_bytes
-        self._read_only = read_only
-        try:
-            check_block_size(block_size_bytes)
-            self._size = self._measure() // block_size_bytes * block_size_bytes
-            self._lock()
-        except SvsmError:
-            self.close()
-            raise
+        self._modes = [_ZERO_RANGE | _KEEP_SIZE, _PUNCH_HOLE | _KEEP_SIZE]
+        super().__init__(descriptor, block_size_bytes=block_size_bytes, read_only=read_only)
 
     def _measure(self) -> int:
         try:
-            mode = os.fstat(self._descriptor).st_mode
-            if stat.S_ISREG(mode):
-                return os.fstat(self._descriptor).st_size
-            if stat.S_ISBLK(mode):
-                return os.lseek(self._descriptor, 0, os.SEEK_END)
+            found = os.fstat(self._descriptor)
         except OSError as error:
-            raise block_io_error("tell its size", error.strerror or "unknown") from error
-        raise BackendError("the disk is neither a file nor a block device", code="block-io", operation="open")
+            raise system_error("tell its size", error) from error
+        if not stat.S_ISREG(found.st_mode):
+            self._wrong_kind("regular file")
+        return found.st_size
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._descriptor, (fcntl.LOCK_SH if self._read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StateError(
-                "the disk is in use", code="block-in-use", hint="stop the other machine that uses it first"
-            ) from None
-        except OSError as error:
-            raise block_io_error("lock", error.strerror or "unknown") from error
+    def _zero(self, offset: int, length: int) -> bool:
+        while self._modes:
+            if self._allocate("write zeroes", self._modes[0], offset, length):
+                return True
+            del self._modes[0]  # this file system has no such thing, and won't get it
+        return False
 
-    @property
-    def size_bytes(self) -> int:
-        """Capacity."""
-        return self._size
+    def _discard(self, offset: int, length: int) -> None:
+        self._allocate("discard", _PUNCH_HOLE | _KEEP_SIZE, offset, length)
 
-    @property
-    def block_size_bytes(self) -> int:
-        """Granularity."""
-        return self._block_size
+    def _allocate(self, operation: str, mode: int, offset: int, length: int) -> bool:
+        """fallocate(2); False where the file system does not know the mode."""
+        if not _fallocate()(self._descriptor, mode, offset, length):
+            return True
+        failed = ctypes.get_errno()
+        if failed in _CANNOT:
+            return False
+        raise system_error(operation, OSError(failed, os.strerror(failed)))
 
-    @property
-    def read_only(self) -> bool:
-        """Whether writes are refused."""
-        return self._read_only
 
-    def _check(self, ranges: Sequence[Range], *, writing: bool) -> None:
-        if self._descriptor < 0:
-            raise closed_error()
-        check_ranges(ranges, size_bytes=self._size, block_size_bytes=self._block_size)
-        if writing and self._read_only:
-            raise read_only_error()
-
-    def read(self, ranges: Sequence[Range]) -> list[bytes]:
-        """The contents of each range."""
-        self._check(ranges, writing=False)
-        return [self._read(offset, length) for offset, length in ranges]
-
-    def _read(self, offset: int, length: int) -> bytes:
-        parts: list[bytes] = []
-        while length > 0:
-            try:
-                part = os.pread(self._descriptor, length, offset)
-            except OSError as error:
-                raise block_io_error("read", error.strerror or "unknown") from error
-            if not part:
-                raise block_io_error("read", "the disk became shorter")
-            if len(part) == length and not parts:
-                return part
-            parts.append(part)
-            offset += len(part)
-            length -= len(part)
-        return b"".join(parts)
-
-    def write(self, extents: Sequence[Extent]) -> None:
-        """Write all extents."""
-        self._check([(offset, len(data)) for offset, data in extents], writing=True)
-        for offset, data in extents:
-            rest = memoryview(data).cast("B")
-            while len(rest):
-                try:
-                    done = os.pwrite(self._descriptor, rest, offset)
-                except OSError as error:
-                    raise block_io_error("write", error.strerror or "unknown") from error
-                if done <= 0:
-                    raise block_io_error("write", "nothing was taken")
-                offset += done
-                rest = rest[done:]
-
-    def flush(self) -> None:
-        """fdatasync."""
-        self._check([], writing=False)
-        if self._read_only:
-            return
-        try:
-            os.fdatasync(self._descriptor)
-        except OSError as error:
-            raise block_io_error("flush", error.strerror or "unknown") from error
-
-    def discard(self, ranges: Sequence[Range]) -> None:
-        """Nothing: the file keeps its blocks (hole punching is not on the kernel's list of system calls)."""
-        self._check(ranges, writing=True)
-
-    def close(self) -> None:
-        """Release lock and descriptor."""
-        if self._descriptor >= 0:
-            descriptor, self._descriptor = self._descriptor, -1
-            os.close(descriptor)
+@functools.cache
+def _fallocate() -> Callable[[int, int, int, int], int]:
+    """libc's: the standard library has only the one without a mode."""
+    call: Callable[[int, int, int, int], int] = ctypes.CDLL(None, use_errno=True).fallocate
+    call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]  # type: ignore[attr-defined]
+    return call

@@ -5,10 +5,10 @@ Every message is a 32-byte header (little-endian) and, for a write request or a 
 
     magic u32 "SVBD" | operation u8 | status u8 | reserved u16 | sequence u64 | offset u64 | length u64
 
-A reply repeats operation and sequence. INFO answers with offset = block size, length = capacity. Requests are
-answered in order. The other side may be hostile: a reply with another sequence number, operation, length or an
-unknown status, and a peer that stays silent past the deadline or closes, all end the device for good: after a lost
-reply nobody knows what is on the disk.
+A reply repeats operation and sequence. INFO answers with offset = block size, length = capacity; it may be asked again.
+READ, WRITE, DISCARD and ZERO (make zero) name a range of at most 1 MiB. Requests are answered in order. The other side
+may be hostile: a reply with another sequence number, operation, length or an unknown status, and a peer that stays
+silent past the deadline or closes, all end the device for good: after a lost reply nobody knows what is on the disk.
 """
 
 from __future__ import annotations
@@ -20,13 +20,7 @@ from collections.abc import Iterator, Sequence
 from svsm.abi.block import Extent, Range
 from svsm.formats.errors import ProtocolError, SvsmError
 from svsm.formats.record import U8, U16, U32, U64, Buffer, Record, record
-from svsm.storage.drivers.checks import (
-    block_io_error,
-    check_block_size,
-    check_ranges,
-    closed_error,
-    read_only_error,
-)
+from svsm.storage.drivers.checks import CheckedDevice, block_io_error, check_block_size
 
 __all__ = [
     "DISCARD",
@@ -38,12 +32,14 @@ __all__ = [
     "STATUS_IO_ERROR",
     "STATUS_OK",
     "WRITE",
+    "ZERO",
     "BlockMessage",
     "RemoteDevice",
 ]
 
 MAGIC = int.from_bytes(b"SVBD", "little")
-INFO, READ, WRITE, FLUSH, DISCARD = range(1, 6)
+INFO, READ, WRITE, FLUSH, DISCARD, ZERO = range(1, 7)
+_NAMES = {READ: "read", WRITE: "write", FLUSH: "flush", DISCARD: "discard", ZERO: "write zeroes"}
 STATUS_OK, STATUS_IO_ERROR = 0, 1
 MAX_TRANSFER_BYTES = 1 << 20
 _MAX_CAPACITY = 1 << 56
@@ -51,6 +47,9 @@ _OUTSTANDING = 64
 _DEADLINE_SECONDS = 30.0
 _DONTWAIT = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 """With each call: the other side may keep a copy of the descriptor and change its flags."""
+
+_Request = tuple[int, int, int, Buffer]
+"""(operation, offset, length, data)."""
 
 
 @record(size=32, byte_order="little")
@@ -66,7 +65,7 @@ class BlockMessage(Record):
     length: U64
 
 
-class RemoteDevice:
+class RemoteDevice(CheckedDevice):
     """A `BlockDevice` over a connected stream socket, which it owns (it closes it even where this raises).
 
     Args:
@@ -83,16 +82,15 @@ class RemoteDevice:
         self, connection: socket.socket, *, read_only: bool = False, deadline_seconds: float = _DEADLINE_SECONDS
     ) -> None:
         self._socket = connection
-        self._read_only = read_only
         self._deadline_seconds = deadline_seconds
         self._sequence = 0
         self._dead: str | None = None
-        self._closed = False
         try:
-            self._size, self._block_size = self._describe()
+            size, block = self._describe()
         except SvsmError:
-            self.close()
+            connection.close()
             raise
+        super().__init__(size_bytes=size, block_size_bytes=block, read_only=read_only)
 
     def _describe(self) -> tuple[int, int]:
         deadline = self._deadline()
@@ -166,7 +164,7 @@ class RemoteDevice:
             if got != expected:
                 raise self._protocol(field, got)
         if reply.status == STATUS_IO_ERROR and reply.length == 0:
-            raise block_io_error({READ: "read", WRITE: "write", FLUSH: "flush"}.get(operation, "answer"), "I/O error")
+            raise block_io_error(_NAMES.get(operation, "answer"), "I/O error")
         if reply.status != STATUS_OK:
             raise self._protocol("status", reply.status)
         return reply
@@ -178,7 +176,7 @@ class RemoteDevice:
             raise self._protocol("length", reply.length)
         return self._receive(expected, deadline)
 
-    def _run(self, requests: Iterator[tuple[int, int, int, Buffer]]) -> list[bytes]:
+    def _run(self, requests: Iterator[_Request]) -> list[bytes]:
         """Send requests, some of them ahead of the answers; the answers come back in order."""
         if self._dead is not None:
             raise block_io_error("answer", self._dead)
@@ -209,43 +207,26 @@ class RemoteDevice:
 
     # -- BlockDevice -------------------------------------------------------------------------------------------
 
-    @property
-    def size_bytes(self) -> int:
-        """Capacity, as the other side stated it once."""
-        return self._size
-
-    @property
-    def block_size_bytes(self) -> int:
-        """Granularity, as the other side stated it once."""
-        return self._block_size
-
-    @property
-    def read_only(self) -> bool:
-        """Whether writes are refused."""
-        return self._read_only
-
-    def _check(self, ranges: Sequence[Range], *, writing: bool) -> None:
-        if self._closed:
-            raise closed_error()
-        check_ranges(ranges, size_bytes=self._size, block_size_bytes=self._block_size)
-        if writing and self._read_only:
-            raise read_only_error()
+    def _measure(self) -> int:
+        if self._dead is not None:
+            raise block_io_error("answer", self._dead)
+        size, block = self._describe()
+        if block != self._block_size:
+            raise self._protocol("block size", block)
+        return size
 
     def read(self, ranges: Sequence[Range]) -> list[bytes]:
         """The contents of each range."""
-        self._check(ranges, writing=False)
+        self._admit_reading(ranges)
         contents = []
         for offset, length in ranges:
-            pieces = self._run(
-                (READ, at, min(MAX_TRANSFER_BYTES, offset + length - at), b"")
-                for at in range(offset, offset + length, MAX_TRANSFER_BYTES)
-            )
+            pieces = self._run(_pieces(READ, [(offset, length)]))
             contents.append(pieces[0] if len(pieces) == 1 else b"".join(pieces))
         return contents
 
     def write(self, extents: Sequence[Extent]) -> None:
         """Write all extents."""
-        self._check([(offset, len(data)) for offset, data in extents], writing=True)
+        self._admit_writing(extents)
         self._run(
             (WRITE, offset + at, len(chunk), chunk)
             for offset, data in extents
@@ -253,18 +234,30 @@ class RemoteDevice:
             for chunk in (memoryview(data)[at : at + MAX_TRANSFER_BYTES],)
         )
 
+    def write_zeroes(self, ranges: Sequence[Range]) -> None:
+        """Zeros at the other side: nothing but the range crosses the wire."""
+        self._admit_changing(ranges)
+        self._run(_pieces(ZERO, ranges))
+
     def flush(self) -> None:
         """A flush at the other side."""
-        self._check([], writing=False)
+        self._admit()
         self._run(iter([(FLUSH, 0, 0, b"")]))
 
     def discard(self, ranges: Sequence[Range]) -> None:
         """Give up the ranges."""
-        self._check(ranges, writing=True)
-        self._run((DISCARD, offset, length, b"") for offset, length in ranges)
+        self._admit_changing(ranges)
+        self._run(_pieces(DISCARD, ranges))
 
     def close(self) -> None:
         """Close the connection."""
         if not self._closed:
             self._closed = True
             self._socket.close()
+
+
+def _pieces(operation: int, ranges: Sequence[Range]) -> Iterator[_Request]:
+    """Requests for whole ranges, none larger than the protocol's limit."""
+    for offset, length in ranges:
+        for at in range(offset, offset + length, MAX_TRANSFER_BYTES):
+            yield operation, at, min(MAX_TRANSFER_BYTES, offset + length - at), b""

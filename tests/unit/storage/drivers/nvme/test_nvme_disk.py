@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Sequence
 
 import pytest
 
@@ -35,8 +36,22 @@ def test_conformance(check: Check, block_shift: int) -> None:
             create=lambda: create().start(),
             reopen=lambda: made[-1].start(),
             create_read_only=lambda: create(dataclasses.replace(SMALL_NVME, read_only=True)).start(),
+            grow=lambda more: made[-1].model.content.extend(bytes(more)),
+            create_failing=lambda: _failing(create()).start(),
         )
     )
+
+
+def _failing(made: NvmeBench) -> NvmeBench:
+    """Every second write or zeroing of one block is done and then called an error."""
+
+    def answer(model: NvmeModel, queue: int, completion: Completion) -> Sequence[tuple[int, Completion]]:
+        changes = [command for number, command in model.commands if number and command.opcode != NvmOpcode.READ]
+        failed = queue and len(changes) % 2 == 0 and model.commands[-1][1].opcode != NvmOpcode.READ
+        return [(queue, completion.replace(status=0x281 << 1) if failed else completion)]
+
+    made.model.answer = answer
+    return made
 
 
 def test_transfers_of_every_number_of_pages_use_the_right_prps() -> None:
