@@ -218,6 +218,11 @@ _QEMU = (
         "its main loop tries it first and does without",
         Condition(0, Test.ONE_OF, (0,), errno.ENOSYS),
     ),
+    Allow(
+        _calls("seccomp"),
+        "a library asks what there is; nothing is added",
+        Condition(0, Test.ONE_OF, (2,), errno.ENOSYS),
+    ),
 )
 
 ROLES: dict[Role, tuple[Allow, ...]] = {

@@ -127,13 +127,32 @@ def test_roles_with_secrets_get_an_errno(role: Role, name: str, arguments: tuple
     assert in_role(role, call(name, *arguments)) == str(-expected)
 
 
-@pytest.mark.parametrize("role", [role for role in Role if role is not Role.SPAWNER])
+@pytest.mark.parametrize("role", [role for role in Role if role not in (Role.SPAWNER, Role.QEMU)])
 @pytest.mark.parametrize(
     "name", ["ptrace", "process_vm_readv", "io_uring_setup", "execve", "fork", "pidfd_getfd", "bpf"]
 )
 def test_no_role_but_the_spawner_starts_or_looks_into_processes(role: Role, name: str) -> None:
     assert name not in allowed(role)
     assert in_role(role, call(name, 0, 0, 0, 0, 0, 0)) == DIED
+
+
+@pytest.mark.parametrize(
+    "name", ["ptrace", "process_vm_readv", "fork", "vfork", "socket", "connect", "pidfd_open", "bpf"]
+)
+def test_what_qemu_has_no_use_for_kills_it(name: str) -> None:
+    assert in_role(Role.QEMU, call(name, 0, 0, 0, 0, 0, 0)) == DIED
+
+
+def test_qemu_does_without_io_uring_and_starts_nothing_that_landlock_does_not_name() -> None:
+    assert in_role(Role.QEMU, call("io_uring_setup", 128, 0)) == str(-errno.ENOSYS)
+
+    def start(_: Isolation) -> str:
+        try:
+            os.execv("/bin/true", ["true"])
+        except PermissionError:
+            return "refused"
+
+    assert in_role(Role.QEMU, start, rules=(PathRule("/bin"), PathRule("/usr/bin"))) == "refused"
 
 
 @pytest.mark.parametrize("role", list(Role))
