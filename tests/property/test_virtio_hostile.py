@@ -18,6 +18,7 @@ from svsm.formats.virtio import BlkConfig
 from svsm.storage.drivers.virtio.blk_config import CONFIG_BYTES, parse_geometry
 from svsm.testing.hostile.mixture import mixture
 from svsm.testing.hostile.trial import RINGS, run
+from svsm.testing.vhost_user_trial import run_mixture
 
 _SETTINGS = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -35,6 +36,22 @@ def test_many_devices(ring: str) -> None:
     source = random.Random(ring)
     for _ in range(400):
         run(mixture(source.randbytes(source.randrange(80)), rounds=source.randrange(80)), ring)
+
+
+@pytest.mark.parametrize("ring", RINGS[::3])
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.binary(max_size=60), rounds=st.integers(0, 60))
+def test_any_back_end(ring: str, data: bytes, rounds: int) -> None:
+    run_mixture(data, ring, rounds=rounds)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("ring", RINGS)
+def test_many_back_ends(ring: str) -> None:
+    source = random.Random(ring)
+    for _ in range(100):
+        run_mixture(source.randbytes(source.randrange(80)), ring, rounds=source.randrange(80))
 
 
 @given(data=st.binary(min_size=CONFIG_BYTES, max_size=BlkConfig.SIZE), features=st.integers(0, (1 << 64) - 1))

@@ -13,25 +13,21 @@ from svsm.formats.virtio import MmioRegister, SplitDescriptor
 from svsm.host.devices.virtio_blk import BlkBackend
 from svsm.host.devices.virtio_mmio import MmioBlk
 from svsm.host.devices.virtio_ring import Chain, DevicePackedRing, DeviceRing, DeviceSplitRing, Window
+from svsm.testing.hostile.lies import RegisterLies
 
 __all__ = ["HostileBlk"]
 
-ReadHook = Callable[[int, int], int]
 CompleteHook = Callable[[DeviceRing, Chain, int], None]
 
 
-class HostileBlk(MmioBlk):
+class HostileBlk(RegisterLies, MmioBlk):
     """A block device that lies on request.
 
     Attributes:
-        on_read: (offset, honest value) → what the driver gets to read.
         on_complete: Called instead of an honest completion.
         on_finished: Called instead of the interrupt after a batch.
         on_request: Sees each chain before it is performed.
-        deaf: Ignore kicks.
-        stuck: Ignore resets.
         batch: Room for a case to count in.
-        reads: How often each register was read.
         resets: How often the driver has reset the device.
     """
 
@@ -47,21 +43,17 @@ class HostileBlk(MmioBlk):
         self.backend.measure()
 
     def _forget(self) -> None:
-        self.on_read: ReadHook | None = None
+        self.forget_lies()
         self.on_complete: CompleteHook | None = None
         self.on_finished: Callable[[DeviceRing], None] | None = None
         self.on_request: Callable[[Chain], None] | None = None
-        self.deaf = False
-        self.stuck = False
         self.batch = 0
 
     # ---- hooks ------------------------------------------------------------------------------------------------------
 
     def read32(self, offset: int) -> int:
         """The register, or the lie."""
-        self.reads[offset] = self.reads.get(offset, 0) + 1
-        value = super().read32(offset)
-        return value if self.on_read is None else self.on_read(offset, value)
+        return self.lied(offset, super().read32(offset))
 
     def write32(self, offset: int, value: int) -> None:
         """Set a register, unless the device does not listen."""
@@ -109,45 +101,6 @@ class HostileBlk(MmioBlk):
     def ring(self, index: int = 0) -> DeviceRing | None:
         """A queue's ring, once it is set up."""
         return self.queues[index].ring if index < len(self.queues) else None
-
-    def lie_at(self, offset: int, *values: int) -> None:
-        """Answer a register with `values` one after the other; the last one stays."""
-        answers = list(values)
-        before = self.on_read
-
-        def lie(at: int, honest: int) -> int:
-            if at == offset:
-                return answers.pop(0) if len(answers) > 1 else answers[0]
-            return honest if before is None else before(at, honest)
-
-        self.on_read = lie
-
-    def lie_about_features(self, *, add: int = 0, remove: int = 0) -> None:
-        """Change the offer, not what the device then accepts."""
-
-        def lie(at: int, honest: int) -> int:
-            if at != MmioRegister.DEVICE_FEATURES:
-                return honest
-            shift = 32 * self._feature_select[0]
-            return (honest | add >> shift) & ~(remove >> shift) & 0xFFFF_FFFF
-
-        self.on_read = lie
-
-    def lie_about_config(self, offset: int, value: int, width: int) -> None:
-        """Change a field of the configuration space; `offset` and `width` in bytes."""
-
-        def lie(at: int, honest: int) -> int:
-            start = at - MmioRegister.CONFIG
-            if start < 0 or not start < offset + width or not offset < start + 4:
-                return honest
-            word = bytearray(honest.to_bytes(4, "little"))
-            field = value.to_bytes(width, "little")
-            for index in range(4):
-                if offset <= start + index < offset + width:
-                    word[index] = field[start + index - offset]
-            return int.from_bytes(word, "little")
-
-        self.on_read = lie
 
     def mark_used(self, ring: DeviceRing, identifier: int, length: int, entries: int) -> None:
         """A completion with any identifier and length, published."""

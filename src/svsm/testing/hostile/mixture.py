@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from svsm.formats.vhost_user import Request
 from svsm.formats.virtio import MmioRegister
 from svsm.host.devices.virtio_ring import Chain, DevicePackedRing, DeviceRing, DeviceSplitRing
 from svsm.testing.hostile.device import HostileBlk
+from svsm.testing.vhost_user_backend import Conversation, Script
 
-__all__ = ["Decisions", "mixture"]
+__all__ = ["Decisions", "message_mixture", "mixture"]
 
 _HONEST_SHARE: Final = 96
 """Of 256: how many values of the operation byte mean "be honest"."""
@@ -188,3 +190,35 @@ def mixture(data: bytes, *, rounds: int = 0) -> Callable[[HostileBlk], None]:
         device.on_complete = mixed.complete
 
     return install
+
+
+def message_mixture(data: bytes, *, rounds: int = 0) -> Script:
+    """A vhost-user back-end whose answers are what the bytes say: right, changed, cut, repeated, left out, the end.
+
+    Args:
+        data: Decisions.
+        rounds: Answers that are honest before the first decision is taken.
+    """
+    decisions = Decisions(data)
+    left = rounds
+
+    def script(_: Conversation, request: Request, honest: bytes) -> bytes:
+        nonlocal left
+        left -= 1
+        if left >= 0 or not honest or not decisions.left or decisions.byte() < _HONEST_SHARE:
+            return honest
+        choice = decisions.byte() % 6
+        if choice == 0:
+            raise EOFError
+        if choice == 1:
+            return honest[: decisions.byte() % len(honest)]
+        if choice == 2:
+            return honest * (1 + decisions.byte() % 3)
+        if choice == 3:
+            return honest[:12] + bytes(decisions.byte() for _ in honest[12:])
+        changed = bytearray(honest)
+        for _flip in range(1 + decisions.byte() % 4):
+            changed[decisions.byte() % len(changed)] ^= 1 << decisions.byte() % 8
+        return bytes(changed)
+
+    return script

@@ -238,10 +238,14 @@ class Trial:
             if not self.attempt(lambda: driver.discard([(start, end - start)])):
                 self.content[start:end] = self.machine.content(start, end - start)
             elif driver.geometry.discard:
-                self.content[start:end] = bytes(end - start)
+                self.content[start:end] = self.after_discard(start, end - start)
             self.read(64 * block, 16 * block)
         self.attempt(driver.poll)
         self._refuses(block)
+
+    def after_discard(self, offset: int, length: int) -> bytes:
+        """What a discarded range must hold: zeros, says our device model."""
+        return bytes(length)
 
     def _refuses(self, block: int) -> None:
         """What is refused must not reach shared memory either."""
