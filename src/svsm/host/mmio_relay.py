@@ -52,7 +52,8 @@ class MmioRelay:
         """Start an MMIO exit; its answer, or None when that comes with `receive`."""
         code, address, length, _, _, scratch = exit_.arguments
         offset = address - self.gpa
-        if self.closed or length != ghcb.MMIO_WIDTH_BYTES or not 0 <= offset <= MMIO_WINDOW_BYTES - length:
+        known = code in (ghcb.ExitCode.MMIO_READ, ghcb.ExitCode.MMIO_WRITE)  # no I/O ports here
+        if not known or self.closed or length != ghcb.MMIO_WIDTH_BYTES or not 0 <= offset <= MMIO_WINDOW_BYTES - length:
             return exit_.answer(0, _FAILED)
         if code == ghcb.ExitCode.MMIO_READ:
             self._sequence = self._sequence + 1 & _SEQUENCE_MASK

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""The machine's disk: where it is, and the device role that serves a file as a virtio disk.
+"""The machine's disk: where it is, and the device role that has it.
 
-A file is opened, locked and served by the device role, a process of its own on the host's side: it holds the file, the
-shared memory and the channel on which the host relays the kernel's register accesses. The other two kinds are
-descriptors that the host opens and hands to the kernel.
+    file          the role opens, locks and serves a file as a virtio disk
+    vhost-user    the role plays a virtio disk's registers; a daemon at a socket serves its queues
+    qemu-…        the role becomes QEMU (`svsm.cli.supervisor.qemu_disk`)
+    direct, process   no role: descriptors that the host opens and hands to the kernel
+
+The role is a process of its own on the host's side: it holds the disk, the shared memory and the channel on which the
+host relays the kernel's register accesses.
 """
 
 from __future__ import annotations
@@ -20,12 +24,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from svsm.cli.supervisor.roles import Emit
+from svsm.cli.supervisor.sockets import connect
 from svsm.confine import enter
 from svsm.confine.identity import role_uid
 from svsm.confine.lists import Role
 from svsm.formats.errors import BackendError, StateError
 
-__all__ = ["Disk", "DiskKind", "connect", "device_body"]
+__all__ = ["Disk", "DiskKind", "device_body", "front_body", "open_exclusive"]
 
 _LOCK_SECONDS = 2.0
 """The device of an instance that was killed a moment ago may still be ending."""
@@ -37,10 +42,21 @@ class DiskKind(enum.StrEnum):
 
     FILE = "file"
     """A file or block device behind the device role: virtio-blk over virtio-mmio."""
+    VHOST_USER = "vhost-user"
+    """A vhost-user daemon's socket behind the device role: virtio-blk over virtio-mmio."""
+    QEMU_VIRTIO = "qemu-virtio"
+    """A file or block device behind QEMU's microvm: virtio-blk over virtio-mmio, the key over COM3."""
+    QEMU_NVME = "qemu-nvme"
+    """A file or block device behind QEMU's q35: NVMe on PCI, the key over COM3."""
     DIRECT = "direct"
     """A file or block device whose descriptor the kernel gets."""
     PROCESS = "process"
     """A disk process that listens on a Unix socket; the kernel gets the connection."""
+
+    @property
+    def serves_the_states_own(self) -> bool:
+        """Whether it can have the file in the state directory."""
+        return self in (DiskKind.FILE, DiskKind.QEMU_VIRTIO, DiskKind.QEMU_NVME)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,6 +68,11 @@ class Disk:
     create_bytes: int | None = None
     """Size of a file to make where there is none; None: it must exist."""
 
+    @property
+    def has_role(self) -> bool:
+        """Whether there is a device role, and registers."""
+        return self.kind not in (DiskKind.DIRECT, DiskKind.PROCESS)
+
     def open(self) -> int:
         """A descriptor of it.
 
@@ -59,7 +80,7 @@ class Disk:
             BackendError: ``disk-open``.
         """
         try:
-            if self.kind is DiskKind.PROCESS:
+            if self.kind in (DiskKind.PROCESS, DiskKind.VHOST_USER):
                 return connect(self.path)
             flags = os.O_RDWR | os.O_CLOEXEC
             if self.create_bytes is None:
@@ -76,31 +97,62 @@ class Disk:
             ) from failed
 
 
-def connect(path: Path) -> int:
-    """A connection to a Unix stream socket."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.connect(str(path))
-        return connection.detach()
-
-
 def device_body(
     disk: Disk, registers: socket.socket, shared: int, *, landlock_cap: int | None
 ) -> Callable[[Emit, int], None]:
     """The process that plays the disk. `shared` is closed once it is mapped."""
 
     def body(emit: Emit, supervisor: int) -> None:
-        from svsm.formats.snp.ghcb import DEVICE_MEMORY_BYTES, DEVICE_MEMORY_GPA
+        from svsm.formats.snp.ghcb import DEVICE_MEMORY_GPA
         from svsm.host.devices.virtio_process import serve
 
-        descriptor = disk.open()
-        _make_exclusive(descriptor, disk.path)
-        memory = mmap.mmap(shared, DEVICE_MEMORY_BYTES, offset=DEVICE_MEMORY_GPA)
+        descriptor = open_exclusive(disk)
+        memory = _device_memory(shared)
         os.close(shared)
         isolation = enter(Role.DEVICE, uid=role_uid(Role.DEVICE), parent=supervisor, landlock_cap=landlock_cap)
         emit("device", isolation=isolation.as_json())
         serve(registers, memory, address=DEVICE_MEMORY_GPA, disk=descriptor)
 
     return body
+
+
+def front_body(
+    disk: Disk, registers: socket.socket, shared: int, *, landlock_cap: int | None
+) -> Callable[[Emit, int], None]:
+    """The process that plays the registers of a disk that a vhost-user daemon serves."""
+
+    def body(emit: Emit, supervisor: int) -> None:
+        from svsm.formats.snp.ghcb import DEVICE_MEMORY_BYTES, DEVICE_MEMORY_GPA
+        from svsm.host.devices.vhost_user_front import FrontBackend, serve_front
+        from svsm.host.devices.vhost_user_link import BackendLink
+        from svsm.host.devices.virtio_ring import Window
+
+        link = BackendLink(socket.socket(fileno=disk.open()))
+        window = Window(memoryview(_device_memory(shared)), address=DEVICE_MEMORY_GPA)
+        isolation = enter(Role.DEVICE, uid=role_uid(Role.DEVICE), parent=supervisor, landlock_cap=landlock_cap)
+        emit("device", isolation=isolation.as_json())
+        backend = FrontBackend(link, shared, address=DEVICE_MEMORY_GPA, size_bytes=DEVICE_MEMORY_BYTES)
+        serve_front(registers, backend, window)
+
+    return body
+
+
+def _device_memory(shared: int) -> mmap.mmap:
+    from svsm.formats.snp.ghcb import DEVICE_MEMORY_BYTES, DEVICE_MEMORY_GPA
+
+    return mmap.mmap(shared, DEVICE_MEMORY_BYTES, offset=DEVICE_MEMORY_GPA)
+
+
+def open_exclusive(disk: Disk) -> int:
+    """A descriptor of a file or block device that no other machine uses; the lock goes with it.
+
+    Raises:
+        BackendError: ``disk-open``, ``disk-kind``.
+        StateError: ``block-in-use``.
+    """
+    descriptor = disk.open()
+    _make_exclusive(descriptor, disk.path)
+    return descriptor
 
 
 def _make_exclusive(descriptor: int, path: Path) -> None:

@@ -24,6 +24,7 @@ from svsm.formats.errors import SvsmError
 __all__ = ["Emit", "EventPipe", "Role", "printable", "start_role"]
 
 _MAX_LINE_BYTES = 64 << 10
+_MAX_WORDS_BYTES = 500
 
 
 class Emit(Protocol):
@@ -85,6 +86,16 @@ class Role:
         self.process_id = process_id
         self.events = EventPipe(events)
         self.pidfd = os.pidfd_open(process_id)
+        self.messages: int | None = None
+        """A file that it prints to."""
+
+    def last_words(self) -> str:
+        """The end of what it has printed, if it prints to a file."""
+        if self.messages is None:
+            return ""
+        size = os.fstat(self.messages).st_size
+        text = os.pread(self.messages, _MAX_WORDS_BYTES, max(0, size - _MAX_WORDS_BYTES)).decode(errors="replace")
+        return printable(" ".join(text.split()))
 
     def read_events(self) -> list[dict[str, object]] | None:
         """What the role has reported under its own name; None when its pipe is closed.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Listening sockets of an instance: Unix sockets for their owner only, and pairs of loopback ports."""
+"""Sockets of an instance: Unix sockets for their owner only, pairs of loopback ports, connections to others."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import os
 import socket
 from pathlib import Path
 
-from svsm.formats.errors import StateError
+from svsm.formats.errors import BackendError, StateError
 
-__all__ = ["BACKLOG", "listen", "tcp_pair"]
+__all__ = ["BACKLOG", "connect", "connect_serial", "listen", "tcp_pair"]
 
 BACKLOG = 16
 _TRIES = 64
@@ -54,3 +54,26 @@ def tcp_pair(port: int) -> tuple[socket.socket, socket.socket]:
         except (OSError, OverflowError):
             data.close()
     raise StateError("no two neighbouring ports are free", code="boot-socket", hint="name another port", port=port)
+
+
+def connect(path: Path) -> int:
+    """A connection to a Unix stream socket; OSError where nobody listens."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.connect(str(path))
+        return connection.detach()
+
+
+def connect_serial(path: Path) -> int:
+    """The serial line: a connection to the proxy.
+
+    Raises:
+        BackendError: ``serial-connect``.
+    """
+    try:
+        return connect(path)
+    except OSError as failed:
+        raise BackendError(
+            f"no proxy listens on {path}: {failed.strerror}",
+            code="serial-connect",
+            hint="start one with: svsm proxy --url URL --serial SOCKET",
+        ) from failed

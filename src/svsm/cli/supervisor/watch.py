@@ -58,9 +58,19 @@ class Watch:
 
     # --- roles ---
 
-    def start(self, name: str, body: Callable[[Emit, int], None], keep: Iterable[int]) -> None:
-        """Fork a role that lives as long as the instance."""
+    def start(
+        self, name: str, body: Callable[[Emit, int], None], keep: Iterable[int], *, messages: int | None = None
+    ) -> None:
+        """Fork a role that lives as long as the instance.
+
+        Args:
+            name: For events.
+            body: See `start_role`.
+            keep: The descriptors that it keeps.
+            messages: A file that it prints to: its end is the hint when the role ends; stays the caller's.
+        """
         role = start_role(name, body, keep=keep, debug=self._debug)
+        role.messages = messages
         self._roles[name] = role
         self._selector.register(role.events, selectors.EVENT_READ, lambda: self._read_role(role))
         self._selector.register(role.pidfd, selectors.EVENT_READ, lambda: self._role_ended(role))
@@ -272,7 +282,7 @@ def _role_failure(role: Role) -> SvsmError:
     return BackendError(
         f"the {role.name} role ended {how}",
         code="boot-role-ended",
-        hint="run again with --debug: the role then keeps its stderr",
+        hint=role.last_words() or "run again with --debug: the role then keeps its stderr",
         role=role.name,
     )
 
