@@ -28,7 +28,7 @@ from typing import Final
 from svsm.formats.errors import FormatError, SvsmError
 from svsm.formats.vhost_user import MemoryRegion, Request, U64Payload, VhostFeature, VringState
 from svsm.formats.vhost_user_messages import vring_messages
-from svsm.formats.virtio import BlkConfig, DeviceStatus, DeviceType, Feature, Interrupt, MmioRegister, QueueAddresses
+from svsm.formats.virtio import DeviceStatus, DeviceType, Feature, Interrupt, MmioRegister, QueueAddresses
 from svsm.host.devices.vhost_user_link import BackendLink
 from svsm.host.devices.virtio_mmio import MmioDevice, QueueState
 from svsm.host.devices.virtio_process import send_interrupt, serve_access
@@ -38,6 +38,8 @@ __all__ = ["FrontBackend", "FrontOffer", "VhostUserFront", "serve_front"]
 
 _QUEUE_ENTRIES: Final = 1024
 """vhost-user has no message that asks for it; this is what libvhost-user (QEMU) takes."""
+_CONFIG_BYTES: Final = 60
+"""Of the configuration space: what is behind them is newer than most daemons, and a driver finds zeros there."""
 _USER_ADDRESS: Final = 0x7D00_0000_0000
 """Rings are named by addresses of the front-end; a made-up one serves as well as the true one."""
 _NOT_OURS: Final = int(VhostFeature.PROTOCOL_FEATURES | VhostFeature.LOG_ALL) | 1 << 24
@@ -74,7 +76,7 @@ class FrontBackend:
         self.features = 0
         try:
             self.offered = link.introduce(self._region, memory) & ~_NOT_OURS | Feature.ACCESS_PLATFORM
-            self.configuration_bytes = link.configuration(BlkConfig.SIZE)
+            self.configuration_bytes = link.configuration(_CONFIG_BYTES)
         except SvsmError:
             link.close()
             raise
@@ -138,7 +140,7 @@ class VhostUserFront(MmioDevice):
         link = self.backend.link
         for index in sorted(self._kicks):
             link.stop_queue(index)
-        self.backend.configuration_bytes = link.configuration(BlkConfig.SIZE)
+        self.backend.configuration_bytes = link.configuration(_CONFIG_BYTES)
 
     def _set_status(self, value: int) -> None:
         before = self.status
