@@ -22,6 +22,7 @@ __all__ = [
     "AttestationReport",
     "Device",
     "DeviceKind",
+    "DevicePorts",
     "DeviceRegisters",
     "Gpa",
     "GuestExit",
@@ -76,8 +77,6 @@ class DeviceKind(enum.StrEnum):
     SERIAL = "serial"
     DISK = "disk"
     CLIENT = "client"
-    VIRTIO_MMIO = "virtio-mmio"
-    """A disk behind registers, not behind a descriptor."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -90,18 +89,19 @@ class Device:
     port: int
     """Of a client: 0 control, 1 data."""
     descriptor: int
-    """Who takes the device owns it and closes it; -1 for a device behind registers."""
-    gpa: Gpa = Gpa(0)
-    """Of the registers."""
+    """Who takes the device owns it and closes it."""
 
     def close(self) -> None:
-        """Close the descriptor, if there is one."""
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
+        """Close the descriptor."""
+        os.close(self.descriptor)
 
 
 class DeviceRegisters(Protocol):
     """A device's register window. Every value that comes out of it is the host's."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the window."""
 
     def read32(self, offset: int) -> int:
         """The register at a byte offset."""
@@ -114,6 +114,34 @@ class DeviceRegisters(Protocol):
 
     def close(self) -> None:
         """Let go."""
+
+
+class DevicePorts(Protocol):
+    """The machine's I/O ports. Every value that comes out of one is the host's."""
+
+    def in8(self, port: int, count: int = 1) -> bytes:
+        """Read a port's byte, so many times."""
+
+    def out8(self, port: int, data: bytes) -> None:
+        """Write each byte to a port."""
+
+    def in16(self, port: int) -> int:
+        """Read 16 bits."""
+
+    def out16(self, port: int, value: int) -> None:
+        """Write 16 bits."""
+
+    def in32(self, port: int) -> int:
+        """Read 32 bits."""
+
+    def out32(self, port: int, value: int) -> None:
+        """Write 32 bits."""
+
+    def wait_interrupt(self, line: int, seconds: float) -> bool:
+        """Until an interrupt arrives, at most so long; whether one did. It may be spurious, or another line's."""
+
+    def fileno(self) -> int:
+        """Polls readable when an interrupt may have arrived."""
 
 
 class Platform(Protocol):
@@ -171,11 +199,14 @@ class Platform(Protocol):
     def next_device(self) -> Device | None:
         """The oldest device that the host has handed over, or None. `fileno` polls readable when one arrives."""
 
-    def registers(self, gpa: Gpa) -> DeviceRegisters:
-        """The register window of a VIRTIO_MMIO device. Raises `ProtocolError` where no such window may be."""
+    def registers(self, gpa: Gpa, size_bytes: int) -> DeviceRegisters:
+        """A device's register window. Raises `ProtocolError` where no such window may be."""
+
+    def ports(self) -> DevicePorts:
+        """The I/O ports."""
 
     def device_memory(self) -> tuple[Gpa, memoryview]:
-        """Shared memory for one device's rings and buffers, and where it is: at every byte's disposal of the host."""
+        """Shared memory for devices' rings and buffers, and where it is: at every byte's disposal of the host."""
 
     def take_interrupt(self) -> bool:
         """Whether the host has interrupted the guest since the last call (a halted vCPU may go on then)."""

@@ -21,7 +21,7 @@ class ProcessContext:
     role: str
     """``kernel``, or the name of the service, e.g. ``vtpm``."""
     registers: Mapping[str, int]
-    """The VMSA's registers at start: rip, rcx, rdx, r8, rsi, rdi, rbx (guest physical addresses, lengths)."""
+    """The VMSA's registers at start: rip, rcx, rdx, r8, rsi, rdi, r9, rbx (guest physical addresses, lengths)."""
     descriptors: Mapping[str, int]
     """Named descriptors: private, vmpl2, shared, hardware, host, console; a service has syscall and console."""
     parameters: Mapping[str, str]

@@ -53,6 +53,7 @@ DEFAULT_REGIONS: Final = (
 
 _MAX_LAUNCH_PAGES: Final = 4096
 _MAX_LOADER: Final = 1 << 20
+_START_REGISTERS: Final = ("rip", "rcx", "rdx", "r8", "rsi", "rdi", "r9", "rbx")
 _MAX_SERVICES: Final = 16
 _GUEST_VMPL: Final = 2
 _WORD: Final = (1 << 64) - 1
@@ -80,7 +81,7 @@ class KernelStart:
     loader_text: bytes
     registers: Mapping[str, int]
     """rip, rcx (loader and its length), rdx, r8 (payload and its length), rsi (settings), rdi (launch configuration),
-    rbx (secrets): byte addresses and lengths."""
+    r9 (device tree), rbx (secrets): byte addresses and lengths."""
 
 
 class Spawner(Protocol):
@@ -398,7 +399,7 @@ class Machine:
     def _start_kernel(self, view: VmsaView) -> None:
         if self._kernel is not None:
             raise refused(FirmwareStatus.INVALID_GUEST_STATE, "the kernel runs already")
-        registers = {name: view.get(name) for name in ("rip", "rcx", "rdx", "r8", "rsi", "rdi", "rbx")}
+        registers = {name: view.get(name) for name in _START_REGISTERS}
         if not 0 < registers["rcx"] <= _MAX_LOADER:
             raise refused(FirmwareStatus.INVALID_PARAM, "the VMSA names no loader")
         text = self._private(registers["rip"], registers["rcx"])

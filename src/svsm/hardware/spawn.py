@@ -151,7 +151,7 @@ def spawn_kernel(
 
     Args:
         loader_text: Copied out of the page at `rip`, length `rcx`.
-        registers: The VMSA's registers: rip, rcx, rdx, r8, rsi, rdi, rbx.
+        registers: The VMSA's registers: rip, rcx, rdx, r8, rsi, rdi, r9, rbx.
         descriptors: Named: private, vmpl2, shared, hardware, host, console. They stay the caller's.
         uid: The kernel's own uid, or None.
         landlock_cap: Use no more than this Landlock ABI.

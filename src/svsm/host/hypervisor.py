@@ -26,9 +26,9 @@ from svsm.formats.errors import BackendError, FormatError, SvsmError
 from svsm.formats.igvm import IgvmFile
 from svsm.formats.snp import ghcb
 from svsm.formats.snp.hardware_messages import MAX_MESSAGE, HostCommand, Message
+from svsm.host.attachment import DeviceRelay
 from svsm.host.hardware_port import HardwarePort
-from svsm.host.launcher import Launched, launch_image
-from svsm.host.mmio_relay import MmioRelay
+from svsm.host.launcher import NO_DEVICES, Launched, launch_image
 
 __all__ = ["DeviceOffer", "Hypervisor", "HypervisorEnd", "Listener", "run_hypervisor"]
 
@@ -85,7 +85,7 @@ class Hypervisor:
         kernel: SOCK_SEQPACKET to the kernel; owned.
         shared_fd: The shared memfd.
         listeners: Socket fronts.
-        mmio: A device behind registers.
+        mmio: The way to devices behind registers and ports.
         notify: See `Notify`.
     """
 
@@ -96,7 +96,7 @@ class Hypervisor:
         shared_fd: int,
         *,
         listeners: Sequence[Listener] = (),
-        mmio: MmioRelay | None = None,
+        mmio: DeviceRelay | None = None,
         notify: Notify = lambda _name, _details: None,
     ) -> None:
         kernel.setblocking(False)
@@ -114,9 +114,11 @@ class Hypervisor:
 
     # ---- start ---------------------------------------------------------------------------------------------------
 
-    def launch(self, image: IgvmFile, configuration: bytes) -> Launched:
+    def launch(self, image: IgvmFile, configuration: bytes, device_tree: bytes = NO_DEVICES) -> Launched:
         """Launch an image; see `svsm.host.launcher.launch_image`."""
-        launched = launch_image(self._hardware, self._shared_fd, image, configuration=configuration)
+        launched = launch_image(
+            self._hardware, self._shared_fd, image, configuration=configuration, device_tree=device_tree
+        )
         self._notify("launched", {"digest": launched.digest.hex(), "host_data": launched.host_data.hex()})
         return launched
 
@@ -139,12 +141,6 @@ class Hypervisor:
             os.close(device.descriptor)
             return
         self._queue(message.pack(), device.descriptor)
-
-    def offer_mmio(self) -> None:
-        """Tell the kernel where the registers of the disk are."""
-        if self._mmio is not None:
-            arguments = (ghcb.DeviceKind.VIRTIO_MMIO, 0, 0, self._mmio.gpa)
-            self._queue(Message(ghcb.HostMessage.DEVICE, arguments).pack(), None)
 
     def interrupt(self) -> None:
         """Wake the guest's vCPU if it has halted. May be called from another thread."""
@@ -201,7 +197,7 @@ class Hypervisor:
             else:
                 self._accept(descriptor)
 
-    def _serve_device(self, mmio: MmioRelay) -> None:
+    def _serve_device(self, mmio: DeviceRelay) -> None:
         answers, interrupted = mmio.receive()
         for answer in answers:
             self._queue(answer.pack(), None)
@@ -261,7 +257,7 @@ class Hypervisor:
     def _exit(self, message: Message) -> Message | None:
         """Do what a GHCB exit asks for; None when the answer comes later, or never."""
         code, info_1, info_2, rax, rbx, *_ = message.arguments
-        if code in (ghcb.ExitCode.MMIO_READ, ghcb.ExitCode.MMIO_WRITE):
+        if code in (ghcb.ExitCode.MMIO_READ, ghcb.ExitCode.MMIO_WRITE, ghcb.ExitCode.IOIO):
             return self._mmio.access(message) if self._mmio is not None else message.answer(0, _FAILED)
         if code == ghcb.ExitCode.GUEST_REQUEST:
             return message.answer(0, self._relay(info_1, info_2))

@@ -6,7 +6,8 @@ it finds. The loader compares nothing: whether the guest is the right one is for
 report.
 
 The launch configuration goes, as the volume's owner wrote it, into the first parameter area, behind its length; its
-SHA-256 becomes HOST_DATA. That is what ties the unmeasured page to the report.
+SHA-256 becomes HOST_DATA. That is what ties the unmeasured page to the report. The device tree goes where the image
+asks for one; nothing ties it to anything.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 from collections.abc import Mapping
 from typing import Final
 
+from svsm.formats.boot_devices import BootDevices
 from svsm.formats.errors import BackendError, FormatError, ProtocolError
 from svsm.formats.igvm import HeaderType, IgvmFile, Order, PlatformType, StepKind, guest_policy, plan_runs
 from svsm.formats.igvm.id_block import split_header
@@ -27,9 +29,11 @@ from svsm.formats.snp.hardware_messages import HostCommand
 from svsm.formats.snp.page_info import PageType
 from svsm.host.hardware_port import HardwarePort
 
-__all__ = ["DEFAULT_POLICY", "Launched", "configuration_area", "launch_image"]
+__all__ = ["DEFAULT_POLICY", "NO_DEVICES", "Launched", "configuration_area", "launch_image"]
 
 DEFAULT_POLICY: Final = 0x3_0000
+NO_DEVICES: Final = BootDevices().tree().pack()
+"""The device tree of a machine whose devices are all handed over as descriptors."""
 _PIECE_PAGES: Final = 256
 """Pages in one command: a MiB stays in the processor's cache on its way through copy and digest."""
 _RUNS: Final = frozenset({PageType.NORMAL, PageType.ZERO, PageType.UNMEASURED})
@@ -60,7 +64,9 @@ def configuration_area(configuration: bytes, size_bytes: int) -> bytes:
     return (len(configuration).to_bytes(_LENGTH_BYTES, "little") + configuration).ljust(size_bytes, b"\0")
 
 
-def launch_image(port: HardwarePort, shared_fd: int, image: IgvmFile, *, configuration: bytes) -> Launched:
+def launch_image(
+    port: HardwarePort, shared_fd: int, image: IgvmFile, *, configuration: bytes, device_tree: bytes = NO_DEVICES
+) -> Launched:
     """Launch `image` for SEV-SNP.
 
     Args:
@@ -68,6 +74,7 @@ def launch_image(port: HardwarePort, shared_fd: int, image: IgvmFile, *, configu
         shared_fd: The shared memfd; offset = GPA.
         image: A checked file.
         configuration: The launch configuration's bytes; HOST_DATA is their SHA-256.
+        device_tree: A flattened device tree.
 
     Raises:
         FormatError: ``igvm-*``, ``host-configuration``.
@@ -76,7 +83,7 @@ def launch_image(port: HardwarePort, shared_fd: int, image: IgvmFile, *, configu
     """
     policy = guest_policy(image)
     policy = DEFAULT_POLICY if policy is None else policy
-    areas = _fill_areas(image, configuration)
+    areas = _fill_areas(image, configuration, device_tree)
     port.command(HostCommand.LAUNCH_START, policy)
     vmsas: dict[int, int] = {}
     for step in plan_runs(image, PlatformType.SEV_SNP, order=Order.FILE):
@@ -137,7 +144,7 @@ def _store(shared_fd: int, gpa: int, contents: memoryview) -> None:
         raise BackendError("shared memory took only a part", code="host-memory", gpa=gpa)
 
 
-def _fill_areas(image: IgvmFile, configuration: bytes) -> Mapping[int, bytes]:
+def _fill_areas(image: IgvmFile, configuration: bytes, device_tree: bytes) -> Mapping[int, bytes]:
     """The contents of every parameter area: the first takes the launch configuration, unless parameters live in it."""
     areas = {
         header.body.parameter_area_index: bytearray(_initial(image, header.body))
@@ -148,7 +155,7 @@ def _fill_areas(image: IgvmFile, configuration: bytes) -> Mapping[int, bytes]:
     for header in image.headers:
         if isinstance(header.body, Parameter):
             used.add(header.body.parameter_area_index)
-            value = _parameter(header.kind)
+            value = device_tree if header.kind is HeaderType.DEVICE_TREE else _parameter(header.kind)
             area = areas[header.body.parameter_area_index]
             end = header.body.byte_offset + len(value)
             if end > len(area):
@@ -176,5 +183,5 @@ def _parameter(kind: HeaderType) -> bytes:
     raise ProtocolError(
         f"this loader cannot fill the parameter {kind.name}",
         code="host-parameter",
-        hint="the simulated machine fills VP_COUNT and ENVIRONMENT_INFO",
+        hint="the simulated machine fills VP_COUNT, ENVIRONMENT_INFO and DEVICE_TREE",
     )

@@ -17,23 +17,26 @@ import socket
 import time
 from collections.abc import Callable
 
+from svsm.abi.channel import Channel
 from svsm.abi.descriptors import client_socket
 from svsm.abi.errors import BackendError, IntegrityError, SvsmError
 from svsm.abi.platform import Device, DeviceKind, Gpa, Platform
 from svsm.abi.syscall import Endpoint, Transport
 from svsm.confine.context import ProcessContext
+from svsm.formats.boot_devices import BootDevices
 from svsm.formats.launch_configuration import LaunchConfiguration, TpmFront, parse_area
 from svsm.formats.settings import SETTINGS_BYTES, Settings
 from svsm.kernel.attestation import Release, attest
 from svsm.kernel.channels.stream import FramedChannel, StreamChannel
 from svsm.kernel.console import Console
-from svsm.kernel.disk import VolumeDisk, open_disk
+from svsm.kernel.devices import open_channel, open_disk, read_devices
+from svsm.kernel.disk import VolumeDisk, open_descriptor
 from svsm.kernel.events import READ, EventLoop
 from svsm.kernel.files import VolumeFiles
 from svsm.kernel.guest import Guest
 from svsm.kernel.processes import ProcessTable
 from svsm.kernel.runtime_channel import exchange
-from svsm.kernel.simulated_platform import CONFIGURATION_BYTES, SimulatedPlatform
+from svsm.kernel.simulated_platform import CONFIGURATION_BYTES, DEVICE_TREE_BYTES, SimulatedPlatform
 from svsm.kernel.tpm import TpmService, tpm_state_inode
 from svsm.kernel.volume_birth import Action, Birth
 from svsm.storage.volume import Volume
@@ -58,7 +61,8 @@ def main(context: ProcessContext) -> int:
     platform = SimulatedPlatform.at_start(context.registers, context.descriptors)
     kernel = Kernel(platform, console, archive=context.archive)
     try:
-        kernel.boot(settings_gpa=Gpa(context.registers["rsi"]), configuration_gpa=Gpa(context.registers["rdi"]))
+        settings, configuration, tree = (Gpa(context.registers[name]) for name in ("rsi", "rdi", "r9"))
+        kernel.boot(settings_gpa=settings, configuration_gpa=configuration, device_tree_gpa=tree)
         kernel.serve()
     except SvsmError as error:
         console.failure(error)
@@ -94,7 +98,7 @@ class Kernel:
 
     # --- the boot, step by step ---
 
-    def boot(self, *, settings_gpa: Gpa, configuration_gpa: Gpa) -> None:
+    def boot(self, *, settings_gpa: Gpa, configuration_gpa: Gpa, device_tree_gpa: Gpa) -> None:
         """Everything up to the point where answers may leave.
 
         Raises:
@@ -102,7 +106,8 @@ class Kernel:
         """
         settings = Settings.parse(self._platform.read(settings_gpa, SETTINGS_BYTES))
         configuration_json = parse_area(self._platform.read(configuration_gpa, CONFIGURATION_BYTES))
-        line = FramedChannel(StreamChannel(client_socket(self._device(DeviceKind.SERIAL).descriptor)))
+        devices = read_devices(self._platform.read(device_tree_gpa, DEVICE_TREE_BYTES))
+        line = FramedChannel(self._key_channel(devices))
         self._console.event("attesting")
         release = attest(
             line,
@@ -113,7 +118,7 @@ class Kernel:
         )
         self._console.event("attested", volume_id=release.configuration.volume_id, state=release.state.value)
         birth = Birth(state=release.state, session=release.session, can_report=release.runtime is not None)
-        self._volume = self._open_volume(release, birth)
+        self._volume = self._open_volume(release, birth, devices)
         self._start_tpms(release.configuration, VolumeFiles(self._volume, on_failure=self._storage_failed))
         if birth.must_report:
             self._report_birth(line, release, birth, self._volume)
@@ -128,11 +133,16 @@ class Kernel:
             ],
         )
 
-    def _device(self, *kinds: DeviceKind) -> Device:
-        """Wait for the first device of one of the kinds; a few others are kept for later, the rest are closed."""
+    def _key_channel(self, devices: BootDevices) -> Channel:
+        if devices.key_channel is not None:
+            return open_channel(self._platform, devices.key_channel)
+        return StreamChannel(client_socket(self._device(DeviceKind.SERIAL).descriptor))
+
+    def _device(self, kind: DeviceKind) -> Device:
+        """Wait for the first device of a kind; a few others are kept for later, the rest are closed."""
         deadline = time.monotonic() + _DEVICE_SECONDS
         for kept in self._devices:
-            if kept.kind in kinds:
+            if kept.kind is kind:
                 self._devices.remove(kept)
                 return kept
         # The host may offer devices without end: neither their number nor the waiting may grow with them.
@@ -143,21 +153,24 @@ class Kernel:
                     break
                 self._platform.take_interrupt()  # no guest runs yet that it could wake
                 self._platform.wait(deadline=deadline)
-            elif device.kind in kinds:
+            elif device.kind is kind:
                 return device
             elif len(self._devices) < _MAX_KEPT_DEVICES:
                 self._devices.append(device)
             else:
                 device.close()
         raise BackendError(
-            f"the host gives no {kinds[0].value}",
+            f"the host gives no {kind.value}",
             code="boot-device-missing",
             hint="the hypervisor must offer a serial line and a disk",
-            device=kinds[0].value,
+            device=kind.value,
         )
 
-    def _open_volume(self, release: Release, birth: Birth) -> Volume:
-        device = open_disk(self._platform, self._device(DeviceKind.DISK, DeviceKind.VIRTIO_MMIO))
+    def _open_volume(self, release: Release, birth: Birth, devices: BootDevices) -> Volume:
+        if devices.disk is not None:
+            device = open_disk(self._platform, devices.disk)
+        else:
+            device = open_descriptor(self._device(DeviceKind.DISK).descriptor)
         disk = VolumeDisk(device, key=release.volume_key, volume_id=release.configuration.volume_id)
         action = birth.decide(disk)
         if action is Action.FORMAT:

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from svsm.abi.errors import BackendError, ProtocolError, SvsmError
-from svsm.abi.platform import Device, DeviceKind, Gpa
+from svsm.abi.platform import Device, DeviceKind
 from svsm.formats.snp import ghcb
 from svsm.formats.snp.hardware_messages import (
     ANSWER,
@@ -41,7 +41,6 @@ _DEVICES: Final = {
     ghcb.DeviceKind.SERIAL: DeviceKind.SERIAL,
     ghcb.DeviceKind.DISK: DeviceKind.DISK,
     ghcb.DeviceKind.CLIENT: DeviceKind.CLIENT,
-    ghcb.DeviceKind.VIRTIO_MMIO: DeviceKind.VIRTIO_MMIO,
 }
 _NOTICES: Final = (ghcb.HostMessage.INTERRUPT, ghcb.HostMessage.SHUTDOWN, ghcb.HostMessage.DEVICE_INTERRUPT)
 _MAX_DESCRIPTORS: Final = 253
@@ -341,19 +340,14 @@ class HostPort:
             if message.kind == ghcb.HostMessage.SHUTDOWN and not self.shutdown_asked:
                 self.shutdown_asked, self._shutdown_seen = True, False
             return
-        kind, index, port, gpa, *_ = message.arguments
+        kind, index, port, *_ = message.arguments
         known = message.kind == ghcb.HostMessage.DEVICE and kind in _DEVICES
-        behind_registers = kind == ghcb.DeviceKind.VIRTIO_MMIO
-        if not known or len(descriptors) != (not behind_registers) or index >= 1 << 16 or port > 1:
+        if not known or len(descriptors) != 1 or index >= 1 << 16 or port > 1:
             raise ProtocolError("the host sent no message", code="platform-host-message", got=message.kind)
         if len(self._devices) >= MAX_DEVICES:
             _close(descriptors)
             return
-        kind_of_device = _DEVICES[ghcb.DeviceKind(kind)]
-        if behind_registers:
-            self._devices.append(Device(kind_of_device, index, port, -1, Gpa(gpa)))
-        else:
-            self._devices.append(Device(kind_of_device, index, port, descriptors[0]))
+        self._devices.append(Device(_DEVICES[ghcb.DeviceKind(kind)], index, port, descriptors[0]))
 
     @staticmethod
     def _late() -> BackendError:

@@ -5,7 +5,7 @@
     write  the word, MMIO_WRITE(address, 4) ─▶ host; it is on its way to the device when the exit is answered
 
 Whatever comes out is the host's word. A window is accepted only where registers may lie, so no address that the host
-names is ever memory. Each access and each wait has a deadline.
+names is ever memory; an offset is the driver's, and stays in the window. Each access and each wait has a deadline.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from __future__ import annotations
 import time
 from typing import Final
 
-from svsm.abi.errors import BackendError, ProtocolError
+from svsm.abi.errors import BackendError, ProtocolError, StateError
 from svsm.abi.platform import Gpa
 from svsm.formats.snp import ghcb
-from svsm.formats.virtio import MMIO_WINDOW_BYTES
 from svsm.kernel.machine_port import HostPort
 from svsm.kernel.physical_memory import PhysicalWindow
 
 __all__ = ["MmioRegisters"]
 
 _WORD: Final = 0xFFFF_FFFF
+_ALIGNMENT: Final = 0x200
+"""virtio-mmio's windows are this large and QEMU's lie side by side; everybody else's are whole pages."""
 
 
 class MmioRegisters:
@@ -32,6 +33,7 @@ class MmioRegisters:
         host: The channel.
         window: Holds the scratch word.
         gpa: Of the register window, as the host says.
+        size_bytes: Of it.
         scratch_gpa: A shared word for this alone.
         seconds: How long one access may take.
 
@@ -39,12 +41,22 @@ class MmioRegisters:
         ProtocolError: ``platform-mmio`` for an address where no registers may lie.
     """
 
-    def __init__(self, host: HostPort, window: PhysicalWindow, gpa: Gpa, *, scratch_gpa: int, seconds: float) -> None:
-        end = ghcb.MMIO_GPA + ghcb.MMIO_BYTES
-        if gpa % MMIO_WINDOW_BYTES or not ghcb.MMIO_GPA <= gpa <= end - MMIO_WINDOW_BYTES:
+    def __init__(
+        self,
+        host: HostPort,
+        window: PhysicalWindow,
+        gpa: Gpa,
+        size_bytes: int,
+        *,
+        scratch_gpa: int,
+        seconds: float,
+    ) -> None:
+        misplaced = gpa % _ALIGNMENT or not ghcb.MMIO_GPA <= gpa <= ghcb.MMIO_GPA + ghcb.MMIO_BYTES - size_bytes
+        if misplaced or size_bytes < ghcb.MMIO_WIDTH_BYTES:
             raise ProtocolError(
-                "the host names registers where none may be", code="platform-mmio", gpa=gpa, expected=ghcb.MMIO_GPA
+                "the host names registers where none may be", code="platform-mmio", gpa=gpa, length=size_bytes
             )
+        self.size_bytes = size_bytes
         self._host = host
         self._window = window
         self._gpa = gpa
@@ -56,6 +68,7 @@ class MmioRegisters:
 
         Raises:
             BackendError: ``platform-host-refused``, ``platform-host-deadline``, ``platform-host-gone``.
+            StateError: ``platform-register``.
         """
         self._window.write(self._scratch, bytes(ghcb.MMIO_WIDTH_BYTES))
         self._exit(ghcb.ExitCode.MMIO_READ, offset)
@@ -65,7 +78,7 @@ class MmioRegisters:
         """Set a register.
 
         Raises:
-            BackendError: As `read32`.
+            BackendError, StateError: As `read32`.
         """
         self._window.write(self._scratch, (value & _WORD).to_bytes(ghcb.MMIO_WIDTH_BYTES, "little"))
         self._exit(ghcb.ExitCode.MMIO_WRITE, offset)
@@ -82,6 +95,8 @@ class MmioRegisters:
         """Nothing: the channel is the platform's."""
 
     def _exit(self, code: ghcb.ExitCode, offset: int) -> None:
+        if offset % ghcb.MMIO_WIDTH_BYTES or not 0 <= offset <= self.size_bytes - ghcb.MMIO_WIDTH_BYTES:
+            raise StateError("the window has no such register", code="platform-register", offset=offset)
         deadline = time.monotonic() + self._seconds
         where = (self._gpa + offset, ghcb.MMIO_WIDTH_BYTES)
         answer = self._host.exit(code, *where, 0, 0, self._scratch, deadline=deadline)

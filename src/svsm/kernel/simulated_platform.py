@@ -31,10 +31,12 @@ from svsm.kernel.guest_requests import Again, GuestRequestChannel, Received
 from svsm.kernel.machine_port import HostPort, InstructionPort
 from svsm.kernel.mmio import MmioRegisters
 from svsm.kernel.physical_memory import MemoryKind, PhysicalWindow
+from svsm.kernel.ports import IoPorts
 
 __all__ = [
     "CERTIFICATE_PAGES",
     "CONFIGURATION_BYTES",
+    "DEVICE_TREE_BYTES",
     "LARGE_PAGE_SIZE",
     "SHARED_GPA",
     "SHARED_LENGTH",
@@ -47,18 +49,21 @@ LARGE_PAGE_SIZE: Final = 2 * 1024 * 1024
 SHARED_GPA: Final = 0x3000_0000
 """A range that is never assigned: what kernel and host exchange lies here."""
 SHARED_LENGTH: Final = 0x40_0000
-"""The first MiB is for exits and the guest's mailbox, the rest (`ghcb.DEVICE_MEMORY_GPA`) for the disk."""
+"""The first MiB is for exits and the guest's mailbox, the rest (`ghcb.DEVICE_MEMORY_GPA`) for devices."""
 WINDOW_BYTES: Final = 0x4800_0000
 """The kernel maps guest-physical addresses below this."""
 CERTIFICATE_PAGES: Final = 16
 CONFIGURATION_BYTES: Final = 0x4000
 """Length of the launch configuration's parameter area."""
+DEVICE_TREE_BYTES: Final = 0x4000
+"""Length of the device tree's."""
 
 _REQUEST: Final = SHARED_GPA
 _RESPONSE: Final = SHARED_GPA + 0x1000
 _LIST: Final = SHARED_GPA + 0x2000
 _TEXT: Final = SHARED_GPA + 0x3000
 _SCRATCH: Final = SHARED_GPA + 0x4000
+_PORT_SCRATCH: Final = _SCRATCH + 0x100
 _CERTIFICATES: Final = SHARED_GPA + 0x1_0000
 _NO_EXIT: Final = (1 << 64) - 1
 _GUEST_VMPL: Final = 2
@@ -327,9 +332,14 @@ class SimulatedPlatform:
         """See `Platform`."""
         return self._host.next_device()
 
-    def registers(self, gpa: Gpa) -> MmioRegisters:
+    def registers(self, gpa: Gpa, size_bytes: int) -> MmioRegisters:
         """See `Platform`. Raises ``platform-mmio``."""
-        return MmioRegisters(self._host, self._window, gpa, scratch_gpa=_SCRATCH, seconds=self._host_seconds)
+        seconds = self._host_seconds
+        return MmioRegisters(self._host, self._window, gpa, size_bytes, scratch_gpa=_SCRATCH, seconds=seconds)
+
+    def ports(self) -> IoPorts:
+        """See `Platform`."""
+        return IoPorts(self._host, self._window, scratch_gpa=_PORT_SCRATCH, seconds=self._host_seconds)
 
     def device_memory(self) -> tuple[Gpa, memoryview]:
         """See `Platform`."""
@@ -412,11 +422,13 @@ def launched_ranges(registers: Mapping[str, int]) -> list[tuple[int, int]]:
     """What the image's launch has validated, as far as the kernel uses it: the pages that the start registers name.
 
     Args:
-        registers: rip, rcx (loader), rdx, r8 (payload), rsi (settings), rdi (launch configuration), rbx (secrets).
+        registers: rip, rcx (loader), rdx, r8 (payload), rsi (settings), rdi (launch configuration), r9 (device tree),
+            rbx (secrets).
     """
     lengths = (
         ("rbx", PAGE_SIZE),
         ("rdi", CONFIGURATION_BYTES),
+        ("r9", DEVICE_TREE_BYTES),
         ("rip", registers["rcx"]),
         ("rdx", registers["r8"]),
         ("rsi", PAGE_SIZE),

@@ -5,13 +5,15 @@
     0x0000_2000  CPUID page
     0x0000_4000  launch configuration, 4 pages, a parameter area: unmeasured, filled by the host, believed only if its
                  digest is the report's HOST_DATA
+    0x0000_8000  device tree, 4 pages, a parameter area: unmeasured, filled by the loader, never believed: it says where
+                 devices are, and the kernel checks each place
     0x0001_0000  loader
     0x0780_0000  settings of the owner, one page
     0x0800_0000  payload archive
     0xFFFF_FFFF_F000  VMSA
 
-Launch order: parameter area, secrets, CPUID, loader, archive, settings, VMSA. Settings come last so that everything
-before them has one digest for all owners; the parameter area comes first because QEMU launches inserts before the
+Launch order: parameter areas, secrets, CPUID, loader, archive, settings, VMSA. Settings come last so that everything
+before them has one digest for all owners; the parameter areas come first because QEMU launches inserts before the
 pages that precede them in the file, and this way there is no other order to launch in.
 
 The VMSA tells the loader what is where; since it is measured, nobody can tell it otherwise.
@@ -22,7 +24,7 @@ from __future__ import annotations
 from typing import Final
 
 from svsm.formats.errors import FormatError
-from svsm.formats.igvm import IgvmBuilder, IgvmFile, PageDataType, PlatformType
+from svsm.formats.igvm import HeaderType, IgvmBuilder, IgvmFile, PageDataType, PlatformType
 from svsm.formats.record import Buffer
 from svsm.formats.snp.page_info import KVM_VMSA_GPA
 from svsm.formats.snp.vmsa import Segment, Vmsa
@@ -35,6 +37,9 @@ __all__ = [
     "CONFIGURATION_GPA",
     "CPUID_GPA",
     "DEFAULT_POLICY",
+    "DEVICE_TREE_AREA_INDEX",
+    "DEVICE_TREE_BYTES",
+    "DEVICE_TREE_GPA",
     "GUEST_BYTES",
     "GUEST_GPA",
     "LOADER_GPA",
@@ -49,6 +54,9 @@ CPUID_GPA: Final = 0x2000
 CONFIGURATION_GPA: Final = 0x4000
 CONFIGURATION_BYTES: Final = 0x4000
 CONFIGURATION_AREA_INDEX: Final = 0
+DEVICE_TREE_GPA: Final = 0x8000
+DEVICE_TREE_BYTES: Final = 0x4000
+DEVICE_TREE_AREA_INDEX: Final = 1
 LOADER_GPA: Final = 0x1_0000
 ARCHIVE_GPA: Final = 0x0800_0000
 GUEST_GPA: Final = 0x4000_0000
@@ -98,6 +106,7 @@ def start_vmsa(*, loader_bytes: int, archive_bytes: int) -> Vmsa:
         r8=archive_bytes,
         rsi=SETTINGS_GPA,
         rdi=CONFIGURATION_GPA,
+        r9=DEVICE_TREE_GPA,
         rbx=SECRETS_GPA,
     )
 
@@ -137,6 +146,9 @@ def describe_image(
     builder.required_memory(GUEST_GPA, GUEST_BYTES)
     builder.parameter_area(CONFIGURATION_AREA_INDEX, CONFIGURATION_BYTES)
     builder.parameter_insert(CONFIGURATION_GPA, index=CONFIGURATION_AREA_INDEX)
+    builder.parameter_area(DEVICE_TREE_AREA_INDEX, DEVICE_TREE_BYTES)
+    builder.parameter(HeaderType.DEVICE_TREE, index=DEVICE_TREE_AREA_INDEX, byte_offset=0)
+    builder.parameter_insert(DEVICE_TREE_GPA, index=DEVICE_TREE_AREA_INDEX)
     builder.page(SECRETS_GPA, data_type=PageDataType.SECRETS)
     builder.page(CPUID_GPA, data_type=PageDataType.CPUID_DATA)
     builder.pages(LOADER_GPA, loader)

@@ -36,7 +36,7 @@ from svsm.hardware.rmp import Home
 from svsm.hardware.vcpu_port import VcpuPort
 from svsm.host.hardware_port import HardwarePort
 from svsm.host.hypervisor import DeviceOffer, Hypervisor, HypervisorEnd, Listener
-from svsm.host.launcher import Launched
+from svsm.host.launcher import NO_DEVICES, Launched
 from svsm.kernel.simulated_platform import SimulatedPlatform, launched_ranges
 from svsm.launch.build import build_image
 
@@ -185,6 +185,7 @@ def running_machine(
     image: bytes | None = None,
     *,
     configuration: bytes = b"{}",
+    device_tree: bytes = NO_DEVICES,
     chip: Chip | None = None,
     devices: Sequence[DeviceOffer] = (),
     listeners: Sequence[Listener] = (),
@@ -197,6 +198,7 @@ def running_machine(
     Args:
         image: An IGVM file of our layout; `small_image` by default.
         configuration: The launch configuration.
+        device_tree: What the loader says of devices behind registers.
         chip: `throwaway_chip` by default.
         devices: Handed to the kernel before it starts.
         listeners: Socket fronts.
@@ -237,7 +239,9 @@ def running_machine(
         notify=lambda name, details: events.append((name, details)),
     )
     try:
-        launched = hypervisor.launch(IgvmFile.parse(small_image() if image is None else image), configuration)
+        launched = hypervisor.launch(
+            IgvmFile.parse(small_image() if image is None else image), configuration, device_tree
+        )
         for device in devices:
             hypervisor.offer(device)
         hypervisor.start(launched)

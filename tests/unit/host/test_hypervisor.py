@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
 from svsm.abi.platform import Device, DeviceKind
+from svsm.formats.boot_devices import BootDevices, VirtioMmio
 from svsm.formats.errors import FormatError, ProtocolError, SvsmError
 from svsm.formats.igvm import HeaderType, IgvmBuilder, IgvmFile, PageDataType, PlatformType
 from svsm.formats.igvm.layout import PublicKey, Signature, SnpIdBlock
@@ -100,7 +101,32 @@ def test_parameters_that_the_loader_fills() -> None:
         assert machine.machine.memory.read(Home.PRIVATE, 0x4000, 12) == bytes([1]) + bytes(11)
 
 
-@pytest.mark.parametrize("kind", [HeaderType.MADT, HeaderType.MEMORY_MAP, HeaderType.DEVICE_TREE])
+def test_a_device_tree_goes_where_the_image_asks_for_it_and_moves_no_digest() -> None:
+    trees = [BootDevices(), BootDevices((VirtioMmio(0xFEB0_0000),), disk=VirtioMmio(0xFEB0_0000))]
+    digests = []
+    for tree in (devices.tree().pack() for devices in trees):
+        made = builder()
+        made.parameter_area(0, 0x1000)
+        made.parameter(HeaderType.DEVICE_TREE, index=0, byte_offset=8)
+        made.parameter_insert(0x4000, index=0)
+        with running_machine(with_start(made), device_tree=tree) as machine:
+            digests.append(machine.launched.digest)
+            area = machine.machine.memory.read(Home.PRIVATE, 0x4000, 0x1000)
+            assert area == (bytes(8) + tree).ljust(0x1000, b"\0")
+    assert digests[0] == digests[1]
+
+
+def test_a_device_tree_that_does_not_fit() -> None:
+    made = builder()
+    made.parameter_area(0, 0x1000)
+    made.parameter(HeaderType.DEVICE_TREE, index=0, byte_offset=0)
+    made.parameter_insert(0x4000, index=0)
+    with pytest.raises(FormatError) as error, running_machine(with_start(made), device_tree=bytes(0x1001)):
+        pass
+    assert error.value.code == "host-parameter"
+
+
+@pytest.mark.parametrize("kind", [HeaderType.MADT, HeaderType.MEMORY_MAP, HeaderType.SRAT])
 def test_parameters_that_it_does_not_have(kind: HeaderType) -> None:
     made = builder()
     made.parameter_area(0, 0x1000)

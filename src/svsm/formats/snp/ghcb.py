@@ -6,8 +6,8 @@ it sends the same values (exit code, the two info words, RAX, RBX) as one `Messa
 answers with the info words and RBX. Buffers stay where the specification puts them: guest messages, certificate
 tables and page-state-change lists are in shared pages, named by their gpa. A VMPL2 guest uses the MSR protocol.
 
-Host → kernel `DEVICE` messages carry one descriptor each, or the address of a register window. Nothing in any of them
-is believed: not the numbers, not the kind of the descriptor.
+Host → kernel `DEVICE` messages carry one descriptor each. Nothing in any of them is believed: not the numbers, not the
+kind of the descriptor. Devices without a descriptor are in the device tree (`svsm.formats.boot_devices`).
 
 A register window is no memory: every access to it is an MMIO exit, whose value travels in shared memory at the scratch
 address. The kernel accepts windows in one range (`MMIO_GPA`), and a device reaches one range of shared memory
@@ -71,7 +71,7 @@ VIRTIO_MMIO_GPA: Final = 0xFEB0_0000
 MMIO_WIDTH_BYTES: Final = 4
 """Every access of ours has this width."""
 DEVICE_MEMORY_GPA: Final = 0x3010_0000
-"""Shared memory for rings and buffers of the disk."""
+"""Shared memory for rings and buffers of devices."""
 DEVICE_MEMORY_BYTES: Final = 0x30_0000
 
 
@@ -81,14 +81,13 @@ class HostMessage(enum.IntEnum):
     EXIT = 0x401
     """From the kernel: exit code, info 1, info 2, RAX, RBX, scratch address. Answer: info 1, info 2, RBX, RAX."""
     DEVICE = 0x402
-    """From the host, one descriptor: `DeviceKind`, index (which TPM or disk), port (0 control or only, 1 data); without
-    a descriptor for VIRTIO_MMIO, whose fourth argument is the address of its registers."""
+    """From the host, one descriptor: `DeviceKind`, index (which TPM or disk), port (0 control or only, 1 data)."""
     INTERRUPT = 0x403
     """From the host: wake the guest's vCPU if it has halted. No arguments, no answer."""
     SHUTDOWN = 0x404
     """From the host: the operator presses the power button; the kernel ends in order. No arguments, no answer."""
     DEVICE_INTERRUPT = 0x405
-    """From the host: a device with registers has something to say, perhaps. No arguments, no answer."""
+    """From the host: a device with registers or ports has something to say, perhaps. No arguments, no answer."""
 
 
 class DeviceKind(enum.IntEnum):
@@ -100,8 +99,6 @@ class DeviceKind(enum.IntEnum):
     """An open disk file."""
     CLIENT = 3
     """A connected client of a TPM's socket front."""
-    VIRTIO_MMIO = 4
-    """A disk behind a virtio-mmio register window; comes without a descriptor."""
 
 
 class ExitCode(enum.IntEnum):
