@@ -2,7 +2,7 @@
 """A virtio device that carries bytes: some of its queues it fills, the others it empties.
 
 `MmioStream` moves buffers between the rings and a `StreamBackend` (a console, a socket device), which knows nothing
-of rings. Behind that is a `Peer`: whoever is at the far end of the line, usually the proxy's socket. Nothing here waits:
+of rings. Behind that is a `Peer`: whoever is at the far end, usually the proxy's socket. Nothing here waits:
 what the peer does not take stays in its ring, what it has not sent leaves the driver's buffer where it is, and
 `service` is called again when something has changed.
 """

@@ -41,16 +41,21 @@ class VsockOptions:
     """What the device offers.
 
     Attributes:
-        features: Feature bits.
+        common: Feature bits that do not belong to the device type.
         queue_size: Largest size of each queue.
         cid: Of the guest.
         buffer_bytes: Credit that each connection gives the guest.
     """
 
-    features: int = LINE_FEATURES | int(VsockFeature.STREAM | VsockFeature.NO_IMPLIED_STREAM)
+    common: int = LINE_FEATURES
     queue_size: int = 64
     cid: int = 3
     buffer_bytes: int = 64 << 10
+
+    @property
+    def features(self) -> int:
+        """Feature bits: streams."""
+        return self.common | int(VsockFeature.STREAM | VsockFeature.NO_IMPLIED_STREAM)
 
     @property
     def queues(self) -> int:
