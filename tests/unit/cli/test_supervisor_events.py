@@ -12,6 +12,8 @@ import pytest
 
 from svsm.cli.supervisor.progress import Progress
 from svsm.cli.supervisor.roles import EventPipe, Role, printable
+from svsm.cli.supervisor.watch import Event, Watch
+from svsm.formats.errors import SvsmError
 
 
 @pytest.fixture
@@ -59,3 +61,17 @@ def test_no_escape_sequence_reaches_the_terminal() -> None:
     progress.note("vtpm0: \x1b[2J\r\ngone")
     assert out.getvalue().count("\n") == 1
     assert "\x1b" not in out.getvalue()
+
+
+def _failure_of(event: Event, *, debug: bool) -> SvsmError:
+    watch = Watch(Progress(as_json=False, out=io.StringIO()), debug=debug, complete_hint=lambda hint: hint)
+    watch._fail(event)
+    assert watch.failure is not None
+    return watch.failure
+
+
+def test_an_unforeseen_failure_names_its_place_even_without_debug() -> None:
+    event: Event = {"event": "failed", "code": "internal", "error": "KeyError", "places": ["a.py:1 f", "b.py:2 \x1b"]}
+    assert _failure_of(event, debug=False).details == {"error": "KeyError", "place": "b.py:2 ?"}
+    assert _failure_of(event, debug=True).details == {"places": json.dumps(event["places"])}
+    assert _failure_of(event | {"code": "storage-failed"}, debug=False).details == {}

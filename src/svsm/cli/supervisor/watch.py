@@ -31,6 +31,7 @@ _START_SECONDS = 90.0
 _SHOWN = ("log", "proxy-log", "client-refused", "storage-failed", "no-guest", "guest-stopped")
 _MAX_REDUCED = 8
 _MAX_WORD = 64
+_MAX_PLACE = 160
 
 
 class Watch:
@@ -240,8 +241,13 @@ class Watch:
         texts = {key: printable(value) for key, value in event.items() if isinstance(value, str)}
         code, message, hint = (texts.get(key) for key in ("code", "message", "hint"))
         details: dict[str, str] = {key: texts[key] for key in ("role", "reason") if key in texts}
-        if isinstance(event.get("places"), list) and self._debug:
-            details["places"] = json.dumps(event["places"])
+        places = event.get("places")
+        if isinstance(places, list) and places:
+            if self._debug:
+                details["places"] = json.dumps(places)
+            elif code == "internal":
+                # Seldom things happen without --debug. A kind and a place hold no secret.
+                details |= {"error": texts.get("error", ""), "place": printable(str(places[-1]))[:_MAX_PLACE]}
         refused = event.get("exit_code") == PolicyError.exit_code or event.get("event") == "refused"
         kind = PolicyError if refused else BackendError
         hint = None if hint is None else self._complete_hint(hint)
