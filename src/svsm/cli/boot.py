@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import argparse
-import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from svsm.cli.supervisor.disk import Disk
+    from svsm.cli.supervisor.disk import Disk, DiskKind
 
 __all__ = ["configure"]
 
@@ -29,8 +28,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--disk",
         type=_disk,
-        metavar="KIND:PATH",
-        help="file:PATH (virtio), direct:PATH or process:SOCKET (default: an 8 MiB file in the state)",
+        metavar="KIND[:PATH]",
+        help="file:PATH, vhost-user:SOCKET, qemu-virtio[:PATH], qemu-nvme[:PATH], direct:PATH or process:SOCKET "
+        "(default: an 8 MiB file in the state)",
     )
     parser.add_argument(
         "--tpm-tcp", type=_port, metavar="PORT", help="serve the TPM on loopback too: data on PORT, control on PORT+1"
@@ -46,6 +46,7 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     elsewhere = arguments.broker is not None or arguments.serial is not None
     if elsewhere and arguments.image is None and arguments.broker_key is None:
         parser.error("an image for somebody else's broker pins its key: give --broker-key PEM, or --image FILE")
+    from svsm.cli.supervisor.disk import DiskKind
     from svsm.cli.supervisor.progress import Progress
     from svsm.cli.supervisor.session import Options, Session
     from svsm.cli.supervisor.state import default_directory
@@ -56,7 +57,7 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
         broker=arguments.broker,
         broker_key=arguments.broker_key,
         serial=arguments.serial,
-        disk=arguments.disk,
+        disk=arguments.disk or DiskKind.FILE,
         tcp_port=arguments.tpm_tcp,
         landlock_cap=arguments.landlock_abi,
         debug=arguments.debug,
@@ -78,12 +79,15 @@ def _abi(text: str) -> int:
     return version
 
 
-def _disk(text: str) -> Disk:
+def _disk(text: str) -> Disk | DiskKind:
+    """A disk somewhere, or a kind for the state's own."""
     from svsm.cli.supervisor.disk import Disk, DiskKind
 
-    found = re.fullmatch(r"(file|direct|process):(.+)", text)
-    if found is None:
+    word, colon, path = text.partition(":")
+    kind = next((kind for kind in DiskKind if kind == word), None)
+    if kind is None or (bool(colon) and not path) or (not colon and not kind.serves_the_states_own):
         raise argparse.ArgumentTypeError(
-            f"{text} is no disk that can be used yet: file:PATH, direct:PATH or process:SOCKET"
+            f"{text} is no disk: file:PATH, vhost-user:SOCKET, qemu-virtio[:PATH], qemu-nvme[:PATH], direct:PATH "
+            "or process:SOCKET"
         )
-    return Disk(Path(found[2]).absolute(), DiskKind(found[1]))
+    return Disk(Path(path).absolute(), kind) if path else kind

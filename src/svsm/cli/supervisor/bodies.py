@@ -20,16 +20,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from svsm.cli.supervisor.disk import Disk, connect
+from svsm.cli.supervisor.disk import Disk
+from svsm.cli.supervisor.qemu_disk import KINDS as QEMU_KINDS
 from svsm.cli.supervisor.roles import Emit
+from svsm.cli.supervisor.sockets import connect_serial
 from svsm.confine import PathRule, enter
 from svsm.confine.identity import role_uid
 from svsm.confine.lists import Role
-from svsm.formats.errors import BackendError
 
 if TYPE_CHECKING:
     from svsm.broker.service import Broker
-    from svsm.host.hypervisor import Hypervisor
+    from svsm.host.attachment import Attachment
+    from svsm.host.hypervisor import DeviceOffer, Hypervisor
     from svsm.host.launcher import Launched
 
 __all__ = [
@@ -65,7 +67,9 @@ MACHINE_MODULES = (
     "svsm.hardware.machine_store",
     "svsm.hardware.processes",
     "svsm.hardware.vcpu",
+    "svsm.host.attachment",
     "svsm.host.devices.guest_driver",
+    "svsm.host.devices.vhost_user_front",
     "svsm.host.devices.virtio_process",
     "svsm.host.hypervisor",
     "svsm.host.proxy",
@@ -264,34 +268,25 @@ def vcpu_body(sock: socket.socket, *, vmpl2: int, shared: int, landlock_cap: int
     return body
 
 
-def _serial(path: Path) -> int:
-    try:
-        return connect(path)
-    except OSError as failed:
-        raise BackendError(
-            f"no proxy listens on {path}: {failed.strerror}",
-            code="serial-connect",
-            hint="start one with: svsm proxy --url URL --serial SOCKET",
-        ) from failed
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class HostDevices:
     """What the host offers to the VM."""
 
     serial: Path
     """The proxy's listening socket."""
-    disk: Disk | socket.socket
-    """What to hand over, or the register channel of a disk behind a device process."""
+    disk: Disk
+    """What to hand over, where it has no device role."""
     fronts: tuple[tuple[socket.socket, int, int], ...]
     """Listening sockets: (socket, TPM index, port: 0 control, 1 data)."""
     guest_driver: socket.socket | None
     """Listening: who connects makes the guest do SVSM calls."""
+    registers: socket.socket | None = None
+    """The channel to the device role."""
 
     @property
     def sockets(self) -> list[socket.socket]:
         """What the role keeps of it."""
-        optional = [self.guest_driver, None if isinstance(self.disk, Disk) else self.disk]
+        optional = [self.guest_driver, self.registers]
         return [front[0] for front in self.fronts] + [sock for sock in optional if sock is not None]
 
 
@@ -309,15 +304,14 @@ def host_body(
     """The hypervisor: the attacker's seat. `image` is a memfd, which is closed once it is launched."""
 
     def body(emit: Emit, supervisor: int) -> None:
+        from svsm.formats.boot_devices import BootDevices
         from svsm.formats.errors import SvsmError
-        from svsm.formats.snp.ghcb import DeviceKind
         from svsm.host.devices.guest_driver import GuestDriver
         from svsm.host.hardware_port import HardwarePort
-        from svsm.host.hypervisor import DeviceOffer, Hypervisor, Listener
-        from svsm.host.mmio_relay import MmioRelay
+        from svsm.host.hypervisor import Hypervisor, Listener
 
-        serial = _serial(devices.serial)
-        disk = devices.disk.open() if isinstance(devices.disk, Disk) else MmioRelay(devices.disk, shared)
+        attachment = _attachment(devices, shared)
+        offers = _offers(devices, attachment)
         isolation = enter(Role.HOST, uid=role_uid(Role.HOST), tcp=True, parent=supervisor, landlock_cap=landlock_cap)
         emit("host", isolation=isolation.as_json())
         port = HardwarePort(hardware)
@@ -326,16 +320,14 @@ def host_body(
             kernel,
             shared,
             listeners=[Listener(*front) for front in devices.fronts],
-            mmio=disk if isinstance(disk, MmioRelay) else None,
+            mmio=None if attachment is None else attachment.relay,
             notify=lambda name, details: emit(f"host-{name}", **details),
         )
         try:
-            launched = _launch(hypervisor, image, configuration)
-            hypervisor.offer(DeviceOffer(DeviceKind.SERIAL, serial))
-            if isinstance(disk, MmioRelay):
-                hypervisor.offer_mmio()
-            else:
-                hypervisor.offer(DeviceOffer(DeviceKind.DISK, disk))
+            tree = (BootDevices() if attachment is None else attachment.devices).tree().pack()
+            launched = _launch(hypervisor, image, configuration, tree)
+            for offer in offers:
+                hypervisor.offer(offer)
             hypervisor.start(launched)
         except SvsmError:
             port.stop()
@@ -348,14 +340,37 @@ def host_body(
     return body
 
 
-def _launch(hypervisor: Hypervisor, image: int, configuration: bytes) -> Launched:
+def _attachment(devices: HostDevices, shared: int) -> Attachment | None:
+    """The devices behind registers, if there are any."""
+    from svsm.host.attachment import attach_process, attach_qemu
+
+    if devices.registers is None:
+        return None
+    kind = QEMU_KINDS.get(devices.disk.kind)
+    return attach_process(devices.registers, shared) if kind is None else attach_qemu(kind, devices.registers, shared)
+
+
+def _offers(devices: HostDevices, attachment: Attachment | None) -> list[DeviceOffer]:
+    """The descriptors for the kernel: what of serial line and disk is not behind registers."""
+    from svsm.formats.snp.ghcb import DeviceKind
+    from svsm.host.hypervisor import DeviceOffer
+
+    offers = []
+    if attachment is None or attachment.devices.key_channel is None:
+        offers.append(DeviceOffer(DeviceKind.SERIAL, connect_serial(devices.serial)))
+    if attachment is None:
+        offers.append(DeviceOffer(DeviceKind.DISK, devices.disk.open()))
+    return offers
+
+
+def _launch(hypervisor: Hypervisor, image: int, configuration: bytes, device_tree: bytes) -> Launched:
     """Launch the image that a memfd holds; afterwards it is neither mapped nor open here."""
     from svsm.formats.igvm import IgvmFile
 
     # Private, because before Linux 6.7 a sealed memfd cannot be mapped shared, not even to be read.
     mapped = mmap.mmap(image, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
     os.close(image)
-    return hypervisor.launch(IgvmFile.parse(memoryview(mapped)), configuration)
+    return hypervisor.launch(IgvmFile.parse(memoryview(mapped)), configuration, device_tree)
 
 
 def _obey(control: socket.socket, shutdown: Callable[[], None]) -> None:

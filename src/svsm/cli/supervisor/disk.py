@@ -132,7 +132,13 @@ def front_body(
         isolation = enter(Role.DEVICE, uid=role_uid(Role.DEVICE), parent=supervisor, landlock_cap=landlock_cap)
         emit("device", isolation=isolation.as_json())
         backend = FrontBackend(link, shared, address=DEVICE_MEMORY_GPA, size_bytes=DEVICE_MEMORY_BYTES)
-        serve_front(registers, backend, window)
+
+        def died() -> None:
+            # The kernel sees a disk that asks for a reset, and takes none; people want to know whose fault it is.
+            message = f"the vhost-user daemon at {disk.path} is gone"
+            emit("failed", code="vhost-user-gone", message=message, hint="see its log; start it and boot again")
+
+        serve_front(registers, backend, window, died=died)
 
     return body
 

@@ -20,15 +20,18 @@ from pathlib import Path
 from svsm.cli.supervisor import bodies
 from svsm.cli.supervisor.bodies import HostDevices
 from svsm.cli.supervisor.demonstration import guest_random, socket_random
-from svsm.cli.supervisor.disk import Disk, DiskKind, device_body
+from svsm.cli.supervisor.disk import Disk, DiskKind, device_body, front_body
 from svsm.cli.supervisor.image import Image, image_body
 from svsm.cli.supervisor.progress import Progress
+from svsm.cli.supervisor.qemu_disk import KINDS as QEMU_KINDS
+from svsm.cli.supervisor.qemu_disk import qemu_body
 from svsm.cli.supervisor.release import Release, last_release, remember, what_changed
 from svsm.cli.supervisor.sockets import BACKLOG, listen, tcp_pair
 from svsm.cli.supervisor.state import StateDirectory
 from svsm.cli.supervisor.watch import Watch
 from svsm.formats.errors import IntegrityError, StateError
 from svsm.formats.launch_configuration import LaunchConfiguration, TpmConfiguration, TpmFront
+from svsm.host.qemu_command import find_qemu
 
 __all__ = ["Options", "Session"]
 
@@ -48,7 +51,8 @@ class Options:
     broker: str | None = None
     broker_key: Path | None = None
     serial: Path | None = None
-    disk: Disk | None = None
+    disk: Disk | DiskKind = DiskKind.FILE
+    """A disk somewhere, or how the state's own file is served."""
     tcp_port: int | None = None
     landlock_cap: int | None = None
     debug: bool = False
@@ -72,6 +76,8 @@ class Session:
         self._minting_seconds = 0.0
         self._release: Release | None = None
         self._broker_url = ""
+        kind = options.disk.kind if isinstance(options.disk, Disk) else options.disk
+        self._is_qemu = kind in QEMU_KINDS
 
     def run(self) -> int:
         """Boot, serve, stop.
@@ -82,11 +88,12 @@ class Session:
         Raises:
             SvsmError: Why it did not boot, or ended.
         """
+        program = find_qemu() if self._is_qemu else ""
         state = StateDirectory.open_for_boot(self._options.state)
         started = time.monotonic()
         self._watch.catch_signals()
         try:
-            self._boot(state)
+            self._boot(state, program)
             boot_ms = round((time.monotonic() - started - self._minting_seconds) * 1000)
             self._announce(state, boot_ms)
             self._serve()
@@ -99,7 +106,7 @@ class Session:
 
     # --- boot ---
 
-    def _boot(self, state: StateDirectory) -> None:
+    def _boot(self, state: StateDirectory, qemu: str) -> None:
         progress = self._progress
         image_started = self._start_image()
         machine_root = self._machine(state)
@@ -116,10 +123,11 @@ class Session:
         with progress.step("machine", "Simulated SEV-SNP machine"):
             fronts, tcti = self._fronts(state)
             driver = listen(state.folder("run") / "guest.sock")
-            default = Disk(state.folder("host") / "disk.img", DiskKind.FILE, create_bytes=_DISK_BYTES)
-            disk = self._options.disk or default
+            disk = self._options.disk
+            if not isinstance(disk, Disk):
+                disk = Disk(state.folder("host") / "disk.img", disk, create_bytes=_DISK_BYTES)
             devices = HostDevices(serial=serial, disk=disk, fronts=fronts, guest_driver=driver)
-            self._start_machine(state, image, configuration, devices)
+            self._start_machine(state, image, configuration, devices, qemu)
             chip_digest = str(self._watch.await_event("host-launched")["digest"])
             if chip_digest != image.launch_digest:
                 raise IntegrityError(
@@ -242,7 +250,7 @@ class Session:
         return tuple(fronts), f"swtpm:path={data}"
 
     def _start_machine(
-        self, state: StateDirectory, image: Image, configuration: LaunchConfiguration, devices: HostDevices
+        self, state: StateDirectory, image: Image, configuration: LaunchConfiguration, devices: HostDevices, qemu: str
     ) -> None:
         from svsm.hardware.memory import PhysicalMemory
 
@@ -293,10 +301,10 @@ class Session:
                 self._watch.start("vcpu", vcpu, [vcpu_hardware.fileno(), memory["vmpl2"], memory["shared"]])
             else:
                 self._progress.note("no guest runs: the optional package unicorn is missing (pip install svsm[guest])")
-            if isinstance(devices.disk, Disk) and devices.disk.kind is DiskKind.FILE:
-                host_device, device_host = pair()
-                self._start_device(devices.disk, device_host, memory["shared"])
-                devices = dataclasses.replace(devices, disk=host_device)
+            if devices.disk.has_role:
+                host_device, device_host = pair(socket.SOCK_STREAM if self._is_qemu else socket.SOCK_SEQPACKET)
+                self._start_device(devices, device_host, memory["shared"], qemu)
+                devices = dataclasses.replace(devices, registers=host_device)
             self._watch.start(
                 "host",
                 bodies.host_body(
@@ -322,10 +330,28 @@ class Session:
             for sock in devices.sockets:
                 sock.close()
 
-    def _start_device(self, disk: Disk, registers: socket.socket, shared: int) -> None:
+    def _start_device(self, devices: HostDevices, channel: socket.socket, shared: int, qemu: str) -> None:
         """The disk's own process."""
-        body = device_body(disk, registers, shared, landlock_cap=self._options.landlock_cap)
-        self._watch.start("device", body, [registers.fileno(), shared])
+        disk, cap = devices.disk, self._options.landlock_cap
+        keep = [channel.fileno(), shared]
+        messages = None
+        if self._is_qemu:
+            messages = os.memfd_create("svsm-qemu-messages", os.MFD_CLOEXEC)
+            keep.append(messages)
+            body = qemu_body(
+                disk,
+                program=qemu,
+                qtest=channel,
+                shared=shared,
+                serial=devices.serial,
+                messages=messages,
+                landlock_cap=cap,
+            )
+        elif disk.kind is DiskKind.VHOST_USER:
+            body = front_body(disk, channel, shared, landlock_cap=cap)
+        else:
+            body = device_body(disk, channel, shared, landlock_cap=cap)
+        self._watch.start("device", body, keep, messages=messages)
 
     def _kernel_steps(self) -> None:
         progress = self._progress
@@ -394,7 +420,9 @@ class Session:
         self._watch.stop_asked = True
         if self._power is not None:
             self._power.close()
-        self._watch.end(("host", "hardware", "vcpu", "device"), seconds=_STOP_SECONDS if in_order else 1.0)
+        # QEMU does not end when the host hangs up; what was flushed is in the file, and it holds nothing else.
+        machine = ("host", "hardware", "vcpu") if self._is_qemu else ("host", "hardware", "vcpu", "device")
+        self._watch.end(machine, seconds=_STOP_SECONDS if in_order else 1.0)
         with contextlib.suppress(FileNotFoundError):
             (self._options.state / "run" / "ready.json").unlink()
 

@@ -102,6 +102,7 @@ class VhostUserFront(MmioDevice):
         backend: The daemon, introduced.
         window: The memory that it reaches.
         interrupt: Raises the interrupt line.
+        died: Told when the back-end is of no use any more.
 
     Attributes:
         calls: Event descriptor → index of its queue: the back-end has used buffers.
@@ -109,8 +110,16 @@ class VhostUserFront(MmioDevice):
         dead: The back-end is gone.
     """
 
-    def __init__(self, backend: FrontBackend, window: Window, *, interrupt: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        backend: FrontBackend,
+        window: Window,
+        *,
+        interrupt: Callable[[], None],
+        died: Callable[[], None] = lambda: None,
+    ) -> None:
         self.backend = backend
+        self._died = died
         self.calls: dict[int, int] = {}
         self.errors: set[int] = set()
         self.dead = False
@@ -219,6 +228,7 @@ class VhostUserFront(MmioDevice):
             self.backend.link.close()
             self._close_vrings()
             self.needs_reset()
+            self._died()
 
     def _close_vrings(self) -> None:
         for descriptor in (*self._kicks.values(), *self.calls, *self.errors):
@@ -228,15 +238,18 @@ class VhostUserFront(MmioDevice):
         self.errors.clear()
 
 
-def serve_front(connection: socket.socket, backend: FrontBackend, window: Window) -> None:
-    """Serve one driver until it hangs up.
+def serve_front(
+    connection: socket.socket, backend: FrontBackend, window: Window, *, died: Callable[[], None] = lambda: None
+) -> None:
+    """Serve one driver until it hangs up, also after the daemon has died.
 
     Args:
         connection: SOCK_SEQPACKET; the driver's registers. Stays the caller's.
         backend: The daemon.
         window: The memory that it reaches.
+        died: Told when the daemon is of no use any more.
     """
-    front = VhostUserFront(backend, window, interrupt=lambda: send_interrupt(connection))
+    front = VhostUserFront(backend, window, interrupt=lambda: send_interrupt(connection), died=died)
     while True:
         poll = select.poll()
         link = [] if front.dead else [backend.link.fileno()]
