@@ -14,29 +14,38 @@ from pathlib import Path
 
 import pytest
 
-from svsm.abi.errors import BackendError, ProtocolError, SvsmError
-from svsm.abi.platform import Device, DeviceKind, Gpa
+from svsm.abi.block import BlockDevice
+from svsm.abi.errors import BackendError, ProtocolError, StateError, SvsmError
+from svsm.abi.platform import DeviceKind, Gpa
+from svsm.formats.boot_devices import BootDevices, VirtioMmio
 from svsm.formats.snp import ghcb
 from svsm.formats.snp.hardware_messages import Message
-from svsm.formats.virtio import MMIO_MAGIC, MmioRegister
+from svsm.formats.virtio import MMIO_MAGIC, MMIO_WINDOW_BYTES, MmioRegister
+from svsm.host.attachment import DeviceRelay
 from svsm.host.devices.virtio_blk import BlkOptions
 from svsm.host.devices.virtio_process import serve
 from svsm.host.hypervisor import Hypervisor
 from svsm.host.mmio_relay import MmioRelay
-from svsm.kernel.disk import VIRTIO_POLICY, open_disk
-from svsm.storage.drivers.virtio.blk import VirtioBlk, memory_bytes
+from svsm.kernel.devices import open_disk, read_devices
+from svsm.kernel.simulated_platform import DEVICE_TREE_BYTES
+from svsm.launch.build import build_image
+from svsm.storage.drivers.virtio.blk import VirtioBlk
 from svsm.storage.volume import Volume
 from svsm.testing.machine_harness import RunningMachine, running_machine
 
 DISK_BYTES = 1 << 20
+DISK = VirtioMmio(ghcb.VIRTIO_MMIO_GPA)
+TREE = BootDevices((DISK,), disk=DISK).tree().pack()
 
 
 @contextlib.contextmanager
 def machine_with_disk(
     folder: Path, *, host: type[Hypervisor] = Hypervisor, host_seconds: float = 5.0, options: BlkOptions | None = None
-) -> Iterator[tuple[RunningMachine, Device, socket.socket]]:
-    """A machine, the disk that its host has offered, and the device's end of the register channel."""
-    with running_machine(host=host, host_seconds=host_seconds) as machine, contextlib.ExitStack() as stack:
+) -> Iterator[tuple[RunningMachine, socket.socket]]:
+    """A machine whose device tree names its disk, and the device's end of the register channel."""
+    image = build_image(loader=b"#", archive=b"archive", settings=b"")
+    running = running_machine(image, device_tree=TREE, host=host, host_seconds=host_seconds)
+    with running as machine, contextlib.ExitStack() as stack:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         descriptor = os.open(folder / "disk", os.O_RDWR | os.O_CREAT, 0o600)
         stack.callback(os.close, descriptor)
@@ -50,15 +59,12 @@ def machine_with_disk(
         thread = threading.Thread(target=device, daemon=True)
         thread.start()
 
-        def offer(hypervisor: Hypervisor) -> None:
+        def attach(hypervisor: Hypervisor) -> None:
             hypervisor._mmio = MmioRelay(ours, shared)
-            hypervisor.offer_mmio()
 
         try:
-            machine.as_host(offer)
-            offered = machine.platform.next_device()
-            assert offered is not None
-            yield machine, offered, theirs
+            machine.as_host(attach)
+            yield machine, theirs
         finally:
             with contextlib.suppress(OSError):
                 theirs.shutdown(socket.SHUT_RDWR)
@@ -66,14 +72,17 @@ def machine_with_disk(
             theirs.close()
 
 
-def test_the_policy_fits_the_memory_that_there_is() -> None:
-    assert memory_bytes(VIRTIO_POLICY) <= ghcb.DEVICE_MEMORY_BYTES
+def disk_of(machine: RunningMachine) -> BlockDevice:
+    """As the kernel does it: from the area that the loader has filled."""
+    area = machine.platform.read(Gpa(machine.start.registers["r9"]), DEVICE_TREE_BYTES)
+    devices = read_devices(area)
+    assert devices.disk is not None
+    return open_disk(machine.platform, devices.disk)
 
 
-def test_a_volume_on_the_disk_that_the_host_offers(tmp_path: Path) -> None:
-    with machine_with_disk(tmp_path) as (machine, offered, _):
-        assert (offered.kind, offered.descriptor, offered.gpa) == (DeviceKind.VIRTIO_MMIO, -1, ghcb.VIRTIO_MMIO_GPA)
-        disk = open_disk(machine.platform, offered)
+def test_a_volume_on_the_disk_that_the_device_tree_names(tmp_path: Path) -> None:
+    with machine_with_disk(tmp_path) as (machine, _):
+        disk = disk_of(machine)
         assert isinstance(disk, VirtioBlk)
         assert (disk.size_bytes, disk.block_size_bytes) == (DISK_BYTES, 512)
         volume = Volume.create(disk, b"key", salt=bytes(16))
@@ -87,8 +96,8 @@ def test_a_volume_on_the_disk_that_the_host_offers(tmp_path: Path) -> None:
 
 def test_the_disk_and_everything_else_of_the_host_go_on_together(tmp_path: Path) -> None:
     """Devices, interrupts and a report come between register accesses, and none is lost."""
-    with machine_with_disk(tmp_path) as (machine, offered, _):
-        disk = open_disk(machine.platform, offered)
+    with machine_with_disk(tmp_path) as (machine, _):
+        disk = disk_of(machine)
         read, write = os.pipe()
         os.close(write)
         message = Message(ghcb.HostMessage.DEVICE, (ghcb.DeviceKind.CLIENT, 1, 1)).pack()
@@ -107,52 +116,53 @@ def test_the_disk_and_everything_else_of_the_host_go_on_together(tmp_path: Path)
         client.close()
 
 
+_END = ghcb.MMIO_GPA + ghcb.MMIO_BYTES
+
+
 @pytest.mark.parametrize(
-    "gpa",
+    ("gpa", "size_bytes"),
     [
-        0,
-        0x3000_0000,
-        ghcb.DEVICE_MEMORY_GPA,
-        ghcb.MMIO_GPA - 0x200,
-        ghcb.MMIO_GPA + 4,
-        ghcb.MMIO_GPA + ghcb.MMIO_BYTES,
-        ghcb.MMIO_GPA + ghcb.MMIO_BYTES - 4,
-        (1 << 64) - 0x200,
+        (0, 0x200),
+        (0x3000_0000, 0x200),
+        (ghcb.DEVICE_MEMORY_GPA, 0x200),
+        (ghcb.MMIO_GPA - 0x200, 0x200),
+        (ghcb.MMIO_GPA - 0x200, 0x400),
+        (ghcb.MMIO_GPA + 4, 0x200),
+        (_END, 0x200),
+        (_END - 0x200, 0x400),
+        (ghcb.MMIO_GPA, ghcb.MMIO_BYTES + 0x200),
+        (ghcb.MMIO_GPA, 0),
+        ((1 << 64) - 0x200, 0x200),
     ],
 )
-def test_registers_where_none_may_be_are_refused(gpa: int) -> None:
+def test_registers_where_none_may_be_are_refused(gpa: int, size_bytes: int) -> None:
     with running_machine() as machine:
-        arguments = (ghcb.DeviceKind.VIRTIO_MMIO, 0, 0, gpa)
-        message = Message(ghcb.HostMessage.DEVICE, arguments).pack()
-        machine.as_host(lambda host: host._queue(message, None))
-        offered = machine.platform.next_device()
-        assert offered is not None
         with pytest.raises(ProtocolError) as refused:
-            open_disk(machine.platform, offered)
+            machine.platform.registers(Gpa(gpa), size_bytes)
         assert refused.value.code == "platform-mmio"
 
 
-def test_a_register_window_with_a_descriptor_and_a_file_without_one_are_no_messages() -> None:
+@pytest.mark.parametrize("offset", [-4, 2, 0x1FE, 0x200, 0x1000])
+def test_no_access_leaves_its_window(offset: int) -> None:
     with running_machine() as machine:
-        registers = Message(ghcb.HostMessage.DEVICE, (ghcb.DeviceKind.VIRTIO_MMIO, 0, 0, ghcb.VIRTIO_MMIO_GPA)).pack()
-        file = Message(ghcb.HostMessage.DEVICE, (ghcb.DeviceKind.DISK, 0, 0)).pack()
-        read, write = os.pipe()
-        machine.as_host(lambda host: host._queue(registers, read))
-        machine.as_host(lambda host: host._queue(file, None))
+        registers = machine.platform.registers(Gpa(ghcb.VIRTIO_MMIO_GPA), MMIO_WINDOW_BYTES)
+        for access in (lambda: registers.read32(offset), lambda: registers.write32(offset, 0)):
+            with pytest.raises(StateError) as refused:
+                access()
+            assert refused.value.code == "platform-register"
+
+
+def test_a_disk_without_a_descriptor_is_no_message() -> None:
+    with running_machine() as machine:
+        for kind in (ghcb.DeviceKind.DISK, 4):  # 4 was a register window once
+            message = Message(ghcb.HostMessage.DEVICE, (kind, 0, 0, ghcb.VIRTIO_MMIO_GPA)).pack()
+            machine.as_host(lambda host, message=message: host._queue(message, None))  # type: ignore[misc]
         assert machine.platform.next_device() is None
-        with pytest.raises(BrokenPipeError):
-            os.write(write, b"x")  # the kernel has closed what came with it
-        os.close(write)
 
 
-def registers_of(machine: RunningMachine, offered: Device | None = None) -> int:
-    registers = machine.platform.registers(Gpa(ghcb.VIRTIO_MMIO_GPA) if offered is None else offered.gpa)
-    return registers.read32(MmioRegister.MAGIC)
-
-
-def test_a_host_without_the_device_that_it_named() -> None:
+def test_a_host_without_the_device_that_its_loader_named() -> None:
     with running_machine() as machine, pytest.raises(BackendError) as failed:
-        registers_of(machine)
+        machine.platform.registers(Gpa(ghcb.VIRTIO_MMIO_GPA), MMIO_WINDOW_BYTES).read32(MmioRegister.MAGIC)
     assert failed.value.code == "platform-host-refused"
 
 
@@ -187,10 +197,10 @@ class Stuck(Hypervisor):
     [(Silent, "platform-host-deadline"), (Lazy, "virtio-magic"), (Stuck, "virtio-legacy")],
 )
 def test_hosts_that_do_not_pass_accesses_on(tmp_path: Path, host: type[Hypervisor], code: str) -> None:
-    with machine_with_disk(tmp_path, host=host, host_seconds=0.2) as (machine, offered, _):
+    with machine_with_disk(tmp_path, host=host, host_seconds=0.2) as (machine, _):
         started = time.monotonic()
         with pytest.raises(SvsmError) as failed:
-            open_disk(machine.platform, offered)
+            disk_of(machine)
         assert failed.value.code == code
         assert time.monotonic() < started + 5
 
@@ -198,7 +208,7 @@ def test_hosts_that_do_not_pass_accesses_on(tmp_path: Path, host: type[Hyperviso
 class Mute(Hypervisor):
     """Keeps the device's interrupts to itself."""
 
-    def _serve_device(self, mmio: MmioRelay) -> None:
+    def _serve_device(self, mmio: DeviceRelay) -> None:
         for answer in mmio.receive()[0]:
             self._queue(answer.pack(), None)
 
@@ -206,7 +216,7 @@ class Mute(Hypervisor):
 class Loud(Hypervisor):
     """A hundred interrupts for each."""
 
-    def _serve_device(self, mmio: MmioRelay) -> None:
+    def _serve_device(self, mmio: DeviceRelay) -> None:
         super()._serve_device(mmio)
         for _ in range(100):
             self._send_at_once(ghcb.HostMessage.DEVICE_INTERRUPT)
@@ -214,8 +224,8 @@ class Loud(Hypervisor):
 
 @pytest.mark.parametrize("host", [Mute, Loud])
 def test_interrupts_are_neither_needed_nor_believed(tmp_path: Path, host: type[Hypervisor]) -> None:
-    with machine_with_disk(tmp_path, host=host) as (machine, offered, _):
-        disk = open_disk(machine.platform, offered)
+    with machine_with_disk(tmp_path, host=host) as (machine, _):
+        disk = disk_of(machine)
         for number in range(4):
             disk.write([(0, bytes([number]) * 512)])
             disk.flush()
@@ -223,8 +233,8 @@ def test_interrupts_are_neither_needed_nor_believed(tmp_path: Path, host: type[H
 
 
 def test_a_device_that_goes_away_is_an_error_at_once_and_for_good(tmp_path: Path) -> None:
-    with machine_with_disk(tmp_path) as (machine, offered, device):
-        disk = open_disk(machine.platform, offered)
+    with machine_with_disk(tmp_path) as (machine, device):
+        disk = disk_of(machine)
         disk.write([(0, b"x" * 512)])
         device.shutdown(socket.SHUT_RDWR)
         started = time.monotonic()
@@ -238,8 +248,8 @@ def test_a_device_that_goes_away_is_an_error_at_once_and_for_good(tmp_path: Path
 
 def test_nothing_but_what_is_written_is_ever_in_shared_memory(tmp_path: Path) -> None:
     """The device's window holds the ciphertext that was written; a canary beside it stays where it is."""
-    with machine_with_disk(tmp_path) as (machine, offered, _):
-        disk = open_disk(machine.platform, offered)
+    with machine_with_disk(tmp_path) as (machine, _):
+        disk = disk_of(machine)
         canary = os.urandom(32)
         private = bytearray(canary + b"w" * 4096 + canary)
         disk.write([(0, memoryview(private)[32:-32])])

@@ -14,10 +14,14 @@ from svsm.formats.errors import FormatError, SvsmError
 from svsm.formats.igvm import IgvmBuilder, IgvmFile, PlatformType, StepKind, guest_policy, plan
 from svsm.formats.snp.page_info import PageType
 from svsm.formats.snp.vmsa import Vmsa
+from svsm.kernel import simulated_platform as kernel_platform
 from svsm.launch.build import (
     ARCHIVE_GPA,
+    CONFIGURATION_BYTES,
     CONFIGURATION_GPA,
     CPUID_GPA,
+    DEVICE_TREE_BYTES,
+    DEVICE_TREE_GPA,
     LOADER_GPA,
     SECRETS_GPA,
     build_image,
@@ -45,6 +49,7 @@ def test_layout_and_order() -> None:
     shape = [(step.page_type, step.gpa) for step in steps]
     assert shape == [
         *((PageType.UNMEASURED, CONFIGURATION_GPA + 4096 * index) for index in range(4)),
+        *((PageType.UNMEASURED, DEVICE_TREE_GPA + 4096 * index) for index in range(4)),
         (PageType.SECRETS, SECRETS_GPA),
         (PageType.CPUID, CPUID_GPA),
         (PageType.NORMAL, LOADER_GPA),
@@ -61,6 +66,15 @@ def test_layout_and_order() -> None:
     assert loaded[SETTINGS_GPA] == _SETTINGS.ljust(4096, b"\0")
 
 
+def test_kernel_and_image_agree_on_the_areas() -> None:
+    assert (CONFIGURATION_BYTES, DEVICE_TREE_BYTES) == (
+        kernel_platform.CONFIGURATION_BYTES,
+        kernel_platform.DEVICE_TREE_BYTES,
+    )
+    assert CONFIGURATION_GPA + CONFIGURATION_BYTES <= DEVICE_TREE_GPA
+    assert DEVICE_TREE_GPA + DEVICE_TREE_BYTES <= LOADER_GPA
+
+
 def test_the_register_contract_is_measured() -> None:
     step = list(plan(IgvmFile.parse(_image())))[-1]
     assert step.kind is StepKind.VMSA
@@ -68,7 +82,7 @@ def test_the_register_contract_is_measured() -> None:
     vmsa = Vmsa.parse(step.contents)
     assert (vmsa.rip, vmsa.rcx) == (LOADER_GPA, len(_LOADER))
     assert (vmsa.rdx, vmsa.r8) == (ARCHIVE_GPA, len(_ARCHIVE))
-    assert (vmsa.rsi, vmsa.rdi, vmsa.rbx) == (SETTINGS_GPA, CONFIGURATION_GPA, SECRETS_GPA)
+    assert (vmsa.rsi, vmsa.rdi, vmsa.r9, vmsa.rbx) == (SETTINGS_GPA, CONFIGURATION_GPA, DEVICE_TREE_GPA, SECRETS_GPA)
     assert (vmsa.vmpl, vmsa.sev_features & 1, vmsa.efer) == (0, 1, 0x1000)
 
 
@@ -156,15 +170,16 @@ def _unmeasured_fields(image: bytes) -> dict[int, str]:
         (0x101, 0): "policy",
         (0x305, 0): "required memory",
         (0x301, 8): "index and initial contents of the parameter area",
+        (0x312, 0): "where in which area the device tree is",
     }
     found: dict[int, str] = {}
     position, end = 24, 24 + struct.unpack_from("<I", image, 12)[0]
     while position < end:
         kind, length = struct.unpack_from("<II", image, position)
-        if kind in (0x101, 0x305):
+        if kind in (0x101, 0x305, 0x312):
             found |= dict.fromkeys(range(position, position + 8), "head of a header that adds nothing to the digest")
         for offset in range(length):
-            if kind in (0x001, 0x101, 0x305):
+            if kind in (0x001, 0x101, 0x305, 0x312):
                 found[position + 8 + offset] = names[kind, 0]
             elif kind == 0x301 and offset >= 8:
                 found[position + 8 + offset] = names[kind, 8]
@@ -225,9 +240,10 @@ def test_with_the_checksum_corrected_only_unmeasured_fields_can_change() -> None
         "platform header": 53,
         "policy": 96,
         "required memory": 105,
-        "head of a header that adds nothing to the digest": 1,
-        "index and initial contents of the parameter area": 5,
-        "further bits of a compatibility mask": 9 * 31,
+        "head of a header that adds nothing to the digest": 2,
+        "index and initial contents of the parameter area": 2 * 5,
+        "where in which area the device tree is": 14,
+        "further bits of a compatibility mask": 10 * 31,
         "data offset of a secrets or CPUID page": 12,
         "unmeasured flag of a secrets or CPUID page": 2,
         "kind of a CPUID page": 1,
