@@ -29,6 +29,7 @@ from svsm.host.qemu_command import (
     NVME_INTERRUPT,
     PCI_WINDOW,
     VIRTIO_SLOT_BYTES,
+    ConsoleOptions,
     Descriptors,
     DiskOptions,
     MachineKind,
@@ -42,6 +43,7 @@ from svsm.host.qtest import QtestClient
 __all__ = [
     "COM_PORTS",
     "PCI_WINDOW",
+    "ConsoleOptions",
     "DiskOptions",
     "Machine",
     "MachineKind",
@@ -62,6 +64,7 @@ class MachineOptions:
         memory_bytes: Of the guest; a multiple of 1 MiB.
         disk: Its disk, or none.
         serial_ports: COM1 to COMn.
+        console: A virtio console, or none; microvm only.
         timeout_seconds: For each qtest call.
         program: QEMU; by default found in PATH.
     """
@@ -70,6 +73,7 @@ class MachineOptions:
     memory_bytes: int = 64 * MEBIBYTE
     disk: DiskOptions | None = None
     serial_ports: int = 0
+    console: ConsoleOptions | None = None
     timeout_seconds: float = 10.0
     program: Path | None = None
 
@@ -88,6 +92,7 @@ class Machine:
         qtest: Its qtest socket.
         memory: All of the guest's memory, from guest-physical 0 on; this process's mapping of it.
         serial: The sockets at the other end of COM1 to COMn; owned by this until `take_serial`.
+        console: The socket at the other end of the virtio console's port, where there is one; owned by this.
         pid: The process.
     """
 
@@ -100,6 +105,7 @@ class Machine:
             raise StateError("a machine has whole MiB of memory and up to four serial ports", code="qemu-options")
         self.options = options
         self.serial: list[socket.socket] = []
+        self.console: socket.socket | None = None
         self._stack = contextlib.ExitStack()
         try:
             self._start()
@@ -126,8 +132,19 @@ class Machine:
                 self.serial.append(near)
                 stack.callback(near.close)
                 ports[index] = theirs.enter_context(far).fileno()
-            descriptors = Descriptors(memory_fd, firmware_fd, qtest.fileno(), ports)
-            words = command_words(options.kind, descriptors, memory_bytes=options.memory_bytes, disk=options.disk)
+            console = None
+            if options.console is not None:
+                self.console, far = socket.socketpair()
+                stack.callback(self.console.close)
+                console = theirs.enter_context(far).fileno()
+            descriptors = Descriptors(memory_fd, firmware_fd, qtest.fileno(), ports, console=console)
+            words = command_words(
+                options.kind,
+                descriptors,
+                memory_bytes=options.memory_bytes,
+                disk=options.disk,
+                console=options.console,
+            )
             command = [program, *words]
             setpriv = shutil.which("setpriv")
             if setpriv is not None:
@@ -195,7 +212,7 @@ class Machine:
         return PortWindow(self.qtest)
 
     def virtio_registers(self, slot: int = 0) -> MemoryWindow:
-        """The registers of one of microvm's virtio-mmio slots; the disk is in slot 0."""
+        """The registers of one of microvm's virtio-mmio slots: the disk, if there is one, then the console."""
         address, interrupt = virtio_slot(slot)
         return MemoryWindow(self.qtest, address, VIRTIO_SLOT_BYTES, interrupt)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """How QEMU is called: machines of its device models and nothing else, as command lines.
 
-    microvm   virtio-blk behind virtio-mmio (modern), COM1 to COM4
+    microvm   virtio-blk and a virtio console behind virtio-mmio (modern), COM1 to COM4
     q35       NVMe on PCI bus 0, COM1 to COM4
 
 The guest's memory is a memory file that somebody else made and shares; its first byte is guest-physical 0. The
@@ -32,6 +32,7 @@ __all__ = [
     "VIRTIO_INTERRUPT",
     "VIRTIO_SLOTS",
     "VIRTIO_SLOT_BYTES",
+    "ConsoleOptions",
     "Descriptors",
     "DiskOptions",
     "MachineKind",
@@ -90,6 +91,21 @@ class DiskOptions:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class ConsoleOptions:
+    """A virtio console (microvm only): one of its ports is a socket.
+
+    Attributes:
+        packed: Offer packed rings.
+        ports: How many ports there can be; above 1 with MULTIPORT.
+        port: Which is connected; 0 is a console, the others are plain ports.
+    """
+
+    packed: bool = False
+    ports: int = 1
+    port: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Descriptors:
     """What QEMU inherits.
 
@@ -99,6 +115,7 @@ class Descriptors:
         qtest: A connected socket.
         serial: The other ends of serial ports, connected sockets: 0 is COM1.
         disk: The image, when the disk has no path of its own.
+        console: The other end of the virtio console's port, a connected socket.
     """
 
     memory: int
@@ -106,10 +123,11 @@ class Descriptors:
     qtest: int
     serial: Mapping[int, int] = dataclasses.field(default_factory=dict)
     disk: int | None = None
+    console: int | None = None
 
     def all(self) -> list[int]:
         """Every one of them."""
-        optional = [] if self.disk is None else [self.disk]
+        optional = [descriptor for descriptor in (self.disk, self.console) if descriptor is not None]
         return [self.memory, self.firmware, self.qtest, *self.serial.values(), *optional]
 
 
@@ -143,7 +161,12 @@ def virtio_slot(index: int = 0) -> tuple[int, int]:
 
 
 def command_words(
-    kind: MachineKind, descriptors: Descriptors, *, memory_bytes: int, disk: DiskOptions | None
+    kind: MachineKind,
+    descriptors: Descriptors,
+    *,
+    memory_bytes: int,
+    disk: DiskOptions | None,
+    console: ConsoleOptions | None = None,
 ) -> list[str]:
     """The arguments, without the program.
 
@@ -152,6 +175,7 @@ def command_words(
         descriptors: By number, as QEMU inherits them.
         memory_bytes: Of the guest; whole MiB, and all of them lie below 3 GiB.
         disk: Its disk, or none.
+        console: Its virtio console, or none; `Descriptors.console` is its other end.
     """
     machine = "microvm,ioapic2=off,isa-serial=off,rtc=off" if kind is MachineKind.MICROVM else "q35,hpet=off"
     memory = f"memory-backend-file,id=ram,size={memory_bytes},share=on,mem-path=/proc/self/fd/{descriptors.memory}"
@@ -162,7 +186,12 @@ def command_words(
     words += ["-qtest-log", "/dev/null"]
     if descriptors.disk is not None:
         words += ["-add-fd", f"fd={descriptors.disk},set=1"]
-    return words + _disk_words(kind, disk) + _serial_words(descriptors.serial)
+    if kind is MachineKind.MICROVM:
+        words += ["-global", "virtio-mmio.force-legacy=false"]
+    words += _disk_words(kind, disk)
+    if console is not None:
+        words += _console_words(console, descriptors)
+    return words + _serial_words(descriptors.serial)
 
 
 def _disk_words(kind: MachineKind, disk: DiskOptions | None) -> list[str]:
@@ -187,7 +216,17 @@ def _disk_words(kind: MachineKind, disk: DiskOptions | None) -> list[str]:
         return [*words, "-device", f"nvme,drive=disk,serial=svsm,addr={_NVME_SLOT},{sizes}"]
     packed = "on" if disk.packed else "off"
     device = f"virtio-blk-device,drive=disk,iommu_platform=on,packed={packed},num-queues={disk.queues},{sizes}"
-    return [*words, "-global", "virtio-mmio.force-legacy=false", "-device", device]
+    return [*words, "-device", device]
+
+
+def _console_words(console: ConsoleOptions, descriptors: Descriptors) -> list[str]:
+    packed = "on" if console.packed else "off"
+    bus = f"virtio-serial-device,iommu_platform=on,packed={packed},max_ports={console.ports}"
+    kind = "virtserialport" if console.port else "virtconsole"
+    return [
+        *("-chardev", f"socket,id=key,fd={descriptors.console}"),
+        *("-device", bus, "-device", f"{kind},chardev=key,nr={console.port},name=svsm.key"),
+    ]
 
 
 def _serial_words(serial: Mapping[int, int]) -> list[str]:
