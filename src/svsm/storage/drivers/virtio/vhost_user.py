@@ -93,6 +93,7 @@ class VhostUserTransport:
         clock: What deadlines are measured with; real time, because the poll is.
         answer_seconds: Longest time for one exchange, but for a reset, which has a deadline of its own.
         queue_entries: Largest queue.
+        device_type: What is behind the socket: the protocol does not say, whoever chose the socket does.
 
     Attributes:
         protocol_features: As negotiated.
@@ -108,12 +109,14 @@ class VhostUserTransport:
         clock: Callable[[], float] = time.monotonic,
         answer_seconds: float = 5.0,
         queue_entries: int = QUEUE_ENTRIES,
+        device_type: DeviceType = DeviceType.BLOCK,
     ) -> None:
         self._connection = Connection(connected, clock=clock)
         self._memory = memory
         self._clock = clock
         self._answer_seconds = answer_seconds
         self._queue_entries = queue_entries
+        self._device_type = device_type
         self.protocol_features = 0
         self._offered: int | None = None
         self._queues = 1
@@ -129,8 +132,8 @@ class VhostUserTransport:
 
     @property
     def device_type(self) -> int:
-        """A disk: the protocol does not say, whoever chose the socket does."""
-        return DeviceType.BLOCK
+        """As it was given."""
+        return self._device_type
 
     def _deadline(self) -> float:
         return self._clock() + self._answer_seconds
