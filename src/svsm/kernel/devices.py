@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 MAX_DEVICES: Final = 32
-CHANNEL_MEMORY_BYTES: Final = 0x4_0000
+CHANNEL_MEMORY_BYTES: Final = 0x8_0000
 """Of the shared memory for devices, the last part; the disk has the rest."""
 DISK_MEMORY_BYTES: Final = ghcb.DEVICE_MEMORY_BYTES - CHANNEL_MEMORY_BYTES
 DISK_SECONDS: Final = 10.0
