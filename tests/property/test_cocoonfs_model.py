@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from svsm.formats.errors import StateError
-from svsm.storage.cocoonfs import ImageLayout, Volume
+from svsm.storage.cocoonfs import Decision, ImageLayout, Volume
 from svsm.storage.cocoonfs.layout import DEFAULT_LAYOUT
 from svsm.storage.drivers.memory import MemoryDevice
 from tests.unit.storage.cocoonfs.fsck import check
@@ -77,7 +77,8 @@ def _run(layout: ImageLayout, steps: list[Any], size: int) -> None:
             prepared.cancel()
         else:
             forward = how == "crash"
-            volume = Volume.open(device, KEY, decide=lambda found, answer=forward: answer)  # type: ignore[misc]
+            answer = Decision.YES if forward else Decision.NO
+            volume = Volume.open(device, KEY, decide=lambda _found, answer=answer: answer)  # type: ignore[misc]
             files = wanted if forward else files
         assert _found(volume) == files
         assert volume.counter == counter + (files is wanted)

@@ -14,7 +14,7 @@ import pytest
 
 from svsm.abi.block import Range
 from svsm.formats.errors import FormatError, IntegrityError
-from svsm.storage.cocoonfs import FoundJournal, Probe, Volume, probe
+from svsm.storage.cocoonfs import Decision, FoundJournal, Probe, Volume, probe
 from svsm.storage.drivers.memory import MemoryDevice
 from tests.support import vectors
 
@@ -139,9 +139,9 @@ def test_crash_taken_back(file: str) -> None:
     device = _device(entry, scenario)
     asked: list[int] = []
 
-    def decide(found: FoundJournal) -> bool:
+    def decide(found: FoundJournal) -> Decision:
         asked.append(found.counter)
-        return False
+        return Decision.NO
 
     volume = Volume.open(device, bytes.fromhex(scenario["key"]), decide=decide)
     assert asked == [volume.counter + 1]

@@ -3,6 +3,6 @@
 
 from __future__ import annotations
 
-from svsm.storage.cocoonfs import FileInfo, FoundJournal, PreparedCommit, Probe, Transaction, Volume, probe
+from svsm.storage.cocoonfs import Decision, FileInfo, FoundJournal, PreparedCommit, Probe, Transaction, Volume, probe
 
-__all__ = ["FileInfo", "FoundJournal", "PreparedCommit", "Probe", "Transaction", "Volume", "probe"]
+__all__ = ["Decision", "FileInfo", "FoundJournal", "PreparedCommit", "Probe", "Transaction", "Volume", "probe"]

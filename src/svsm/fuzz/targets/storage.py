@@ -18,13 +18,14 @@ from svsm.formats.errors import SvsmError
 from svsm.fuzz.choices import Choices
 from svsm.fuzz.target import Target, expect, judge
 from svsm.storage.cocoonfs import encoding
-from svsm.storage.cocoonfs.aux import aux_extents
+from svsm.storage.cocoonfs.auxarea import aux_extents
+from svsm.storage.cocoonfs.decision import Decision, FoundJournal
 from svsm.storage.cocoonfs.entities import block_payload_bytes
 from svsm.storage.cocoonfs.index import NodeFormat
 from svsm.storage.cocoonfs.journal import Disguise, JournalLog
 from svsm.storage.cocoonfs.keys import Keys
 from svsm.storage.cocoonfs.layout import DEFAULT_LAYOUT, ImageLayout, MutableHeader, StaticHeader
-from svsm.storage.cocoonfs.volume import FoundJournal, Volume, probe
+from svsm.storage.cocoonfs.volume import Volume, probe
 from svsm.storage.drivers.memory import MemoryDevice
 from svsm.storage.drivers.remote import (
     DISCARD,
@@ -166,9 +167,9 @@ def _journal(data: bytes) -> None:
     asked: list[FoundJournal] = []
     yes = choices.flag()
 
-    def decide(found: FoundJournal) -> bool:
+    def decide(found: FoundJournal) -> Decision:
         asked.append(found)
-        return yes
+        return Decision.YES if yes else Decision.NO
 
     try:
         volume = Volume.open(device, _KEY, random=_random(3000), decide=decide)
@@ -186,9 +187,8 @@ def _journal(data: bytes) -> None:
 def _first_pending() -> int:
     """Number of the state in which the journal's head has just reached the disk."""
     for number, state in enumerate(_images()[1]):
-        asked: list[FoundJournal] = []
-        Volume.open(MemoryDevice(state), _KEY, decide=lambda found, asked=asked: not asked.append(found))  # type: ignore[misc]
-        if asked:
+        undecided = Volume.open(MemoryDevice(state), _KEY, decide=lambda _found: Decision.UNKNOWN)
+        if undecided.pending is not None:
             return number
     raise AssertionError("no state has a pending journal")
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from svsm.abi.block import BlockDevice
 from svsm.formats.errors import FormatError
-from svsm.storage.cocoonfs.encoding import Extent
+from svsm.storage.cocoonfs.encoding import Extent, merge_ranges
 from svsm.storage.cocoonfs.layout import ImageLayout
 
 __all__ = ["BlockIo"]
@@ -35,6 +35,7 @@ class BlockIo:
             )
         self.device = device
         self._ab_bytes = layout.ab_bytes
+        self._over: dict[int, bytes] = {}
         self.size_ab = device.size_bytes // layout.ab_bytes
 
     def read_many(self, extents: Sequence[Extent]) -> list[bytes]:
@@ -52,15 +53,33 @@ class BlockIo:
                 got=self.device.size_bytes,
             )
         if size >= block:
-            return self.device.read([(begin * size, length * size) for begin, length in extents])
+            contents = self.device.read([(begin * size, length * size) for begin, length in extents])
+            return self._overlaid(extents, contents) if self._over else contents
         ranges = []
         for begin, length in extents:
             first = begin * size // block * block
             ranges.append((first, -(-((begin + length) * size) // block) * block - first))
         contents = self.device.read(ranges)
-        return [
+        contents = [
             content[begin * size - first : (begin + length) * size - first]
             for content, (first, _), (begin, length) in zip(contents, ranges, extents, strict=True)
+        ]
+        return self._overlaid(extents, contents) if self._over else contents
+
+    def lay_over(self, pieces: Iterable[tuple[int, bytes]]) -> None:
+        """Let later reads see (first ab, contents) pieces in place of what the device holds; nothing is written."""
+        size = self._ab_bytes
+        for begin, data in pieces:
+            for at in range(0, len(data), size):
+                self._over[begin + at // size] = data[at : at + size]
+
+    def _overlaid(self, extents: Sequence[Extent], contents: list[bytes]) -> list[bytes]:
+        size = self._ab_bytes
+        return [
+            b"".join(self._over.get(begin + at, content[at * size : (at + 1) * size]) for at in range(length))
+            if any(begin + at in self._over for at in range(length))
+            else content
+            for (begin, length), content in zip(extents, contents, strict=True)
         ]
 
     def read(self, extent: Extent) -> bytes:
@@ -102,6 +121,13 @@ class BlockIo:
     def write_first(self, begin_ab: int, data: bytes) -> None:
         """The first device block of a protected extent."""
         self.device.write([(begin_ab * self._ab_bytes, data[: self.first_bytes])])
+
+    def discard(self, extents: Iterable[Extent]) -> None:
+        """Give up whole IO blocks; touching ones are joined."""
+        size = self._ab_bytes
+        ranges = [(begin * size, length * size) for begin, length in merge_ranges(list(extents))]
+        if ranges:
+            self.device.discard(ranges)
 
     def flush(self) -> None:
         """A barrier."""

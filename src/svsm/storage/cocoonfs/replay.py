@@ -17,6 +17,7 @@ from svsm.formats.errors import FormatError
 from svsm.storage.cocoonfs.allocation import bits_per_bitmap_block
 from svsm.storage.cocoonfs.auxarea import aux_extents
 from svsm.storage.cocoonfs.blockmap import with_ranges
+from svsm.storage.cocoonfs.decision import FoundJournal
 from svsm.storage.cocoonfs.encoding import Extent, decode_block_pointer, merge_ranges
 from svsm.storage.cocoonfs.entities import authentication_failure
 from svsm.storage.cocoonfs.geometry import TreeGeometry
@@ -35,14 +36,14 @@ class ReplayPlan:
     """What a replay would write.
 
     Attributes:
-        counter: Update counter after it.
-        root_digest: Root digest after it.
+        found: The state after it.
+        touched: Ranges in ab of whole data blocks that it changes.
         writes: (first ab, contents), all of which may be repeated.
         discards: Extents in ab to discard once the journal is gone.
     """
 
-    counter: int
-    root_digest: bytes
+    found: FoundJournal
+    touched: tuple[Extent, ...]
     writes: list[tuple[int, bytes]] = field(repr=False)
     discards: list[Extent]
 
@@ -272,7 +273,8 @@ class _Replay:
             discards = [(begin * unit, length * unit) for begin, length in self.log.trims]
             discards += [(copy.staging * unit, copy.length * unit) for copy in moved]
             discards += self.tails
-        return ReplayPlan(read_counter(keys, header.encrypted_counter), header.root_hmac, writes, discards)
+        found = FoundJournal(read_counter(keys, header.encrypted_counter), header.root_hmac)
+        return ReplayPlan(found, self.log.digests, writes, discards)
 
 
 def plan_replay(volume: VolumeContext, head: bytes) -> ReplayPlan:

@@ -17,7 +17,7 @@ image's own state changes before the journal has been applied.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from svsm.formats.errors import StateError
@@ -77,6 +77,7 @@ class CommitPlan:
     targets: list[tuple[int, bytes]] = field(repr=False)
     log_tails: list[tuple[int, bytes]] = field(repr=False)
     head: bytes = field(repr=False)
+    discards: list[Extent]
     tree: TreeUpdate
     used: BlockMap = field(repr=False)
     nodes: dict[int, Node] = field(repr=False)
@@ -95,8 +96,9 @@ class CommitPlan:
 
 
 class _Layout:
-    def __init__(self, image: Image, random: Random, *, frugal: bool) -> None:
+    def __init__(self, image: Image, random: Random, *, frugal: bool, trim: bool) -> None:
         self.image = image
+        self.trim = trim
         self.random = random
         self.layout = image.volume.layout
         self.keys = image.volume.keys
@@ -406,7 +408,7 @@ class _Layout:
             fragments=self._fragments(digests),
             copies=_copies(staged, where),
             digests=tuple(ranges),
-            trims=None,
+            trims=self._trims() if self.trim else None,
             disguise=disguise,
         )
         head, tails = self._log(log.pack(layout, self.keys), header.aux_pointers)
@@ -419,12 +421,37 @@ class _Layout:
             + [(extent[0], content) for extent, content in image.tree.node_writes(update)],
             log_tails=tails,
             head=head,
+            discards=self._discards(log.trims, where, tails),
             tree=update,
             used=self.used,
             nodes=nodes,
             freed_nodes=self.editor.freed,
             root=self.editor.root,
         )
+
+    def _trims(self) -> tuple[Extent, ...]:
+        """What was given up, in IO blocks of which nothing is in use any more."""
+        unit = self.layout.io_ab
+        numbers = [
+            (number, 1)
+            for begin, length in merge_ranges(self.freed)
+            for number in range(begin // unit, -(-(begin + length) // unit))
+            if not self.used.any_used(number * unit, (number + 1) * unit)
+        ]
+        return tuple(merge_ranges(numbers))
+
+    def _discards(
+        self, trims: tuple[Extent, ...] | None, staging: Sequence[int], tails: Sequence[tuple[int, bytes]]
+    ) -> list[Extent]:
+        """Extents to discard once the journal is gone: what was freed, and what only the journal needed."""
+        if trims is None:
+            return []
+        unit, size = self.layout.io_ab, self.layout.ab_bytes
+        return [
+            *((number * unit, count * unit) for number, count in trims),
+            *((place * unit, unit) for place in staging),
+            *((begin, len(content) // size) for begin, content in tails),
+        ]
 
     def _fragments(self, digests: Mapping[int, bytes]) -> tuple[tuple[int, bytes], ...]:
         image, unit = self.image, self.layout.data_ab
@@ -461,13 +488,14 @@ def _copies(targets: list[int], stagings: list[int]) -> tuple[Copy, ...]:
     return tuple(copies)
 
 
-def plan_commit(image: Image, changes: Mapping[int, Change], random: Random) -> CommitPlan:
+def plan_commit(image: Image, changes: Mapping[int, Change], random: Random, *, trim: bool = False) -> CommitPlan:
     """Lay out a commit in memory.
 
     Args:
         image: The opened image; it is only read.
         changes: By inode.
         random: Source of IVs, padding and one-time keys.
+        trim: Whether what becomes free is discarded.
 
     Raises:
         StateError: ``cocoonfs-full``.
@@ -475,16 +503,16 @@ def plan_commit(image: Image, changes: Mapping[int, Change], random: Random) -> 
         FormatError: ``cocoonfs-format``.
     """
     try:
-        return _planned(image, changes, random, frugal=False)
+        return _planned(image, changes, random, frugal=False, trim=trim)
     except StateError as error:
         if error.code != "cocoonfs-full":
             raise
     # Nearly full: the same again, in the smallest holes there are.
-    return _planned(image, changes, random, frugal=True)
+    return _planned(image, changes, random, frugal=True, trim=trim)
 
 
-def _planned(image: Image, changes: Mapping[int, Change], random: Random, *, frugal: bool) -> CommitPlan:
-    layout = _Layout(image, random, frugal=frugal)
+def _planned(image: Image, changes: Mapping[int, Change], random: Random, *, frugal: bool, trim: bool) -> CommitPlan:
+    layout = _Layout(image, random, frugal=frugal, trim=trim)
     # Removals first: they only free, so what they need of the index is not in the way of what comes.
     for inode, change in sorted(changes.items(), key=lambda item: (item[1].data is not None, item[0])):
         layout.change(inode, change)

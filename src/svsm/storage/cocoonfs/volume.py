@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import enum
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
 
 from svsm.abi.block import BlockDevice
 from svsm.formats.errors import FormatError, StateError
+from svsm.storage.cocoonfs import pending
 from svsm.storage.cocoonfs.blockio import BlockIo
+from svsm.storage.cocoonfs.commit import PreparedCommit, Transaction
 from svsm.storage.cocoonfs.creation import backup_offset
+from svsm.storage.cocoonfs.decision import Decide, Decision, FoundJournal, always_yes
 from svsm.storage.cocoonfs.entities import Random
 from svsm.storage.cocoonfs.geometry import FixedPlaces
 from svsm.storage.cocoonfs.image import Image, VolumeContext, open_image
@@ -34,21 +35,17 @@ from svsm.storage.cocoonfs.layout import (
     StaticHeader,
 )
 from svsm.storage.cocoonfs.mkfs import format_volume
-from svsm.storage.cocoonfs.replay import plan_replay
+from svsm.storage.cocoonfs.replay import ReplayPlan, plan_replay
 from svsm.storage.cocoonfs.transaction import Change, CommitPlan, plan_commit
 
 __all__ = [
     "FileInfo",
-    "FoundJournal",
-    "PreparedCommit",
     "Probe",
-    "Transaction",
     "Volume",
     "probe",
     "read_static_header",
 ]
 
-_MAX_INODE = (1 << 64) - 1
 _MAX_SALT = 255
 _PIECE = 128  # what is never torn, see abi/block.py
 
@@ -67,14 +64,6 @@ class FileInfo:
 
     inode: int
     flags: int
-
-
-@dataclass(frozen=True, slots=True)
-class FoundJournal:
-    """A commit that was found pending at open; its root digest is already checked."""
-
-    counter: int
-    root_digest: bytes
 
 
 def _read_start(device: BlockDevice, offset: int, length: int) -> bytes:
@@ -129,12 +118,22 @@ def _context(device: BlockDevice, key: bytes, static: StaticHeader) -> VolumeCon
     return VolumeContext(static, static.layout, FixedPlaces.of(static), Keys(key, static), io)
 
 
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """How a volume was opened."""
+
+    random: Random
+    decide: Decide
+    trim: bool
+    read_only: bool
+
+
 class Volume:
     """An opened volume. Made by `open` or `create`."""
 
-    def __init__(self, image: Image, *, random: Random, head_is_clean: bool) -> None:
+    def __init__(self, image: Image, options: _Options, *, head_is_clean: bool) -> None:
         self._image = image
-        self._random = random
+        self._options = options
         self._head_is_clean = head_is_clean
         self._failed = False
         self._pending: PreparedCommit | None = None
@@ -146,21 +145,28 @@ class Volume:
         key: bytes,
         *,
         random: Random = os.urandom,
-        decide: Callable[[FoundJournal], bool] | None = None,
+        decide: Decide = always_yes,
+        trim: bool = False,
+        read_only: bool = False,
     ) -> Volume:
-        """Open a volume; a pending commit is carried out first.
+        """Open a volume; a pending commit is decided first.
 
         Args:
             device: The disk.
             key: The volume key, any length.
             random: Source of randomness for later commits.
-            decide: Asked about a pending commit; False takes it back. Without it the answer is yes.
+            decide: Asked about a pending commit, and about each later `Transaction.commit`. After
+                `Decision.UNKNOWN` the volume shows the old state, and takes no commit before `decide_again`.
+            trim: Whether the device may give up blocks that are free. The host then sees which ones are.
+            read_only: Write nothing. A pending commit that is decided with yes is shown as carried out, in memory.
 
         Raises:
             IntegrityError: ``cocoonfs-authentication``: wrong key or changed contents; nothing was written.
+                ``cocoonfs-decided-other``: the state after the commit is not the one that was decided on.
             FormatError: ``cocoonfs-no-magic``, ``cocoonfs-creation-info``, ``cocoonfs-header``, ``cocoonfs-truncated``,
                 ``cocoonfs-unsupported-…``, ``cocoonfs-format``.
-            StateError: ``cocoonfs-journal-pending`` on a read-only device.
+            StateError: ``cocoonfs-journal-pending`` on a read-only device (without `read_only`);
+                ``cocoonfs-half-applied``: the old state is wanted, and gone.
             BackendError: ``block-io``.
         """
         if probe(device) is Probe.CREATION_INFO:
@@ -169,35 +175,31 @@ class Volume:
                 code="cocoonfs-creation-info",
                 hint="create it with the program that wrote the announcement",
             )
-        volume = _context(device, key, read_static_header(device))
-        head = volume.io.read(volume.places.journal_head)
-        journal = is_active(volume.layout, head)
-        clean = not any(head[: volume.io.first_bytes])
-        if journal is not None:
-            cls._settle(volume, journal, decide)
-            clean = True
-        return cls(open_image(volume), random=random, head_is_clean=clean)
-
-    @staticmethod
-    def _settle(volume: VolumeContext, head: bytes, decide: Callable[[FoundJournal], bool] | None) -> None:
-        plan = plan_replay(volume, head)
-        io = volume.io
-        if io.device.read_only:
+        context = _context(device, key, read_static_header(device))
+        head = context.io.read(context.places.journal_head)
+        journal = is_active(context.layout, head)
+        options = _Options(random, decide, trim, read_only)
+        if journal is None:
+            clean = not any(head[: context.io.first_bytes])
+            return cls(open_image(context), options, head_is_clean=clean)
+        if device.read_only and not read_only:
             raise StateError(
                 "a commit is pending, and the device is read-only",
                 code="cocoonfs-journal-pending",
                 hint="open the volume for writing once",
             )
-        if decide is None or decide(FoundJournal(plan.counter, plan.root_digest)):
-            io.write(plan.writes)
-            io.flush()
-        else:
-            plan.discards.clear()
-        io.zero_first(volume.places.journal_head[0])
-        io.flush()
-        if plan.discards:
-            size = volume.layout.ab_bytes
-            io.device.discard([(begin * size, length * size) for begin, length in plan.discards])
+        plan = plan_replay(context, journal)
+        answer = decide(plan.found)
+        if answer is Decision.YES:
+            image = pending.look_ahead(context, plan) if read_only else pending.carry_out(context, plan)
+            return cls(image, options, head_is_clean=True)
+        image = pending.old_state(context, plan)
+        volume = cls(image, options, head_is_clean=True)
+        if answer is Decision.UNKNOWN:
+            volume._pending = PreparedCommit(plan.found, lambda yes: volume._settle(plan, yes=yes))
+        elif not read_only:
+            volume._clear_head()
+        return volume
 
     @classmethod
     def create(
@@ -209,6 +211,7 @@ class Volume:
         size_bytes: int | None = None,
         layout: ImageLayout = DEFAULT_LAYOUT,
         random: Random = os.urandom,
+        trim: bool = False,
     ) -> Volume:
         """Make an empty volume and open it. Whatever was on the device is lost.
 
@@ -219,6 +222,7 @@ class Volume:
             size_bytes: How much of the device to use; all of it by default.
             layout: The configuration.
             random: Source of randomness.
+            trim: As for `open`.
 
         Raises:
             FormatError: ``cocoonfs-too-small``, ``cocoonfs-salt``, ``cocoonfs-device-blocks``.
@@ -232,7 +236,7 @@ class Volume:
             raise FormatError("the device is smaller than that", code="cocoonfs-too-small", got=device.size_bytes)
         volume = _context(device, key, StaticHeader(layout, salt))
         format_volume(volume, size_bytes=size, random=random)
-        return cls.open(device, key, random=random)
+        return cls.open(device, key, random=random, trim=trim)
 
     @property
     def counter(self) -> int:
@@ -298,6 +302,32 @@ class Volume:
             raise StateError("there is no such file in the volume", code="cocoonfs-no-such-file", inode=inode)
         return image.read_file(entry)
 
+    def inodes(self) -> set[int]:
+        """The numbers of all files. Raises what `list` raises."""
+        return {info.inode for info in self.list()}
+
+    @property
+    def decide(self) -> Decide:
+        """Who is asked about commits."""
+        return self._options.decide
+
+    @property
+    def pending(self) -> PreparedCommit | None:
+        """The commit that waits for its decision, if there is one."""
+        return self._pending
+
+    def decide_again(self) -> Decision:
+        """Put the question about the commit that waits once more, and do what the answer says.
+
+        Raises:
+            StateError: ``cocoonfs-commit-ended`` where none waits; ``cocoonfs-read-only``, ``cocoonfs-failed``.
+            IntegrityError, BackendError: As for `PreparedCommit.apply`.
+        """
+        self._writable()
+        if self._pending is None:
+            raise StateError("no commit waits for a decision", code="cocoonfs-commit-ended")
+        return self._pending.decide(self._options.decide)
+
     def transaction(self) -> Transaction:
         """Begin to collect changes."""
         self._usable()
@@ -309,16 +339,38 @@ class Volume:
 
     # -- commit ------------------------------------------------------------------------------------------------
 
-    def _prepare(self, changes: dict[int, Change]) -> PreparedCommit:
+    def _writable(self) -> Image:
         image = self._usable()
-        if self._pending is not None:
-            raise StateError("another commit is prepared", code="cocoonfs-commit-pending")
+        if self._options.read_only:
+            raise StateError(
+                "the volume was opened for reading only",
+                code="cocoonfs-read-only",
+                hint="open it without read_only to change it",
+            )
         if image.volume.io.device.read_only:
             raise StateError("the device is read-only", code="block-read-only")
+        return image
+
+    def prepare(self, changes: dict[int, Change]) -> PreparedCommit:
+        """Make a journal durable that leads to these changes, by inode. For `Transaction` and `CommitGroup`.
+
+        Raises:
+            StateError: ``cocoonfs-full``, ``cocoonfs-no-such-file``, ``cocoonfs-commit-pending``,
+                ``cocoonfs-read-only``, ``block-read-only``, ``cocoonfs-failed``.
+            IntegrityError: ``cocoonfs-authentication``.
+            BackendError: ``block-io``.
+        """
+        image = self._writable()
+        if self._pending is not None:
+            raise StateError(
+                "another commit waits for its decision",
+                code="cocoonfs-commit-pending",
+                hint="apply or cancel it, or have it decided again",
+            )
         for inode, change in changes.items():
             if change.data is None and image.find(inode) is None:
                 raise StateError("there is no such file in the volume", code="cocoonfs-no-such-file", inode=inode)
-        plan = plan_commit(image, changes, self._random)
+        plan = plan_commit(image, changes, self._options.random, trim=self._options.trim)
         io, head = image.volume.io, image.volume.places.journal_head[0]
         if not self._head_is_clean:
             with self._final():
@@ -333,23 +385,32 @@ class Volume:
             io.flush()  # what the journal points at, before the journal
             io.write_first(head, plan.head)
             io.flush()  # the journal, before anything it would have to mend
-        self._pending = PreparedCommit(self, plan)
+        found = FoundJournal(plan.counter, plan.header.root_hmac)
+        self._pending = PreparedCommit(found, lambda yes: self._finish(plan, yes=yes))
         return self._pending
 
-    def _apply(self, plan: CommitPlan) -> None:
+    def _finish(self, plan: CommitPlan, *, yes: bool) -> None:
         image = self._usable()
         io = image.volume.io
         with self._final():
-            io.write(plan.targets)
-            io.flush()  # the new state, before the journal that leads to it goes
+            if yes:
+                io.write(plan.targets)
+                io.flush()  # the new state, before the journal that leads to it goes
             self._clear_head()
-        plan.adopt(image)
+            if yes:
+                io.discard(plan.discards)
+        if yes:
+            plan.adopt(image)
         self._pending = None
 
-    def _cancel(self) -> None:
-        self._usable()
+    def _settle(self, plan: ReplayPlan, *, yes: bool) -> None:
+        """End a commit that was found at open and not decided then."""
+        image = self._writable()
         with self._final():
-            self._clear_head()
+            if yes:
+                self._image = pending.carry_out(image.volume, plan)
+            else:
+                self._clear_head()
         self._pending = None
 
     def _clear_head(self) -> None:
@@ -378,139 +439,3 @@ class _FailsForGood:
     ) -> None:
         if kind is not None:
             self._volume._fail()
-
-
-class PreparedCommit:
-    """A commit whose journal is durable: after a power cut the volume opens in the new state unless `decide` says no.
-
-    Exactly one of `apply` and `cancel` ends it; until then the volume shows the old state and takes no other commit.
-    """
-
-    def __init__(self, volume: Volume, plan: CommitPlan) -> None:
-        self._volume = volume
-        self._plan: CommitPlan | None = plan
-        self.counter = plan.counter
-        self.root_digest = plan.header.root_hmac
-
-    def _take(self) -> CommitPlan:
-        plan, self._plan = self._plan, None
-        if plan is None:
-            raise StateError("this commit has ended", code="cocoonfs-commit-ended")
-        return plan
-
-    def apply(self) -> None:
-        """Put everything into place; the new state is the volume's from now on.
-
-        Raises:
-            BackendError: ``block-io``; the volume has failed then.
-            StateError: ``cocoonfs-commit-ended``, ``cocoonfs-failed``.
-        """
-        self._volume._apply(self._take())
-
-    def cancel(self) -> None:
-        """Take the journal away; the old state stays.
-
-        Raises:
-            BackendError: ``block-io``; the volume has failed then.
-            StateError: ``cocoonfs-commit-ended``, ``cocoonfs-failed``.
-        """
-        self._take()
-        self._volume._cancel()
-
-
-class Transaction:
-    """Changes to several files that happen together or not at all.
-
-    As a context manager it commits at the end of the block (prepare, then apply), and forgets everything where the
-    block raises.
-    """
-
-    def __init__(self, volume: Volume) -> None:
-        self._volume = volume
-        self._changes: dict[int, Change] | None = {}
-
-    def _open(self) -> dict[int, Change]:
-        if self._changes is None:
-            raise StateError("this transaction has ended", code="cocoonfs-transaction-ended")
-        return self._changes
-
-    def write(self, inode: int, data: bytes | bytearray | memoryview, flags: int = 0) -> None:
-        """Create or replace a file.
-
-        Args:
-            inode: At least 16.
-            data: All of its contents.
-            flags: One byte, the application's.
-
-        Raises:
-            StateError: ``cocoonfs-inode``, ``cocoonfs-flags``, ``cocoonfs-transaction-ended``.
-        """
-        if not FIRST_USER_INODE <= inode <= _MAX_INODE:
-            raise StateError("this inode number is not for files", code="cocoonfs-inode", inode=inode)
-        if not 0 <= flags <= 0xFF:
-            raise StateError("flags are one byte", code="cocoonfs-flags", got=flags)
-        self._open()[inode] = Change(bytes(data), flags)
-
-    def unlink(self, inode: int) -> None:
-        """Remove a file.
-
-        Raises:
-            StateError: ``cocoonfs-no-such-file``, ``cocoonfs-inode``, ``cocoonfs-transaction-ended``.
-        """
-        if not FIRST_USER_INODE <= inode <= _MAX_INODE:
-            raise StateError("this inode number is not for files", code="cocoonfs-inode", inode=inode)
-        changes = self._open()
-        known = changes.get(inode)
-        stored = self._volume.exists(inode)
-        if (known is None and not stored) or (known is not None and known.data is None):
-            raise StateError("there is no such file in the volume", code="cocoonfs-no-such-file", inode=inode)
-        if stored:
-            changes[inode] = Change(None)
-        else:
-            del changes[inode]
-
-    def read(self, inode: int) -> bytes:
-        """A file's contents as this transaction leaves it.
-
-        Raises:
-            StateError: ``cocoonfs-no-such-file``, ``cocoonfs-transaction-ended``.
-        """
-        known = self._open().get(inode)
-        if known is None:
-            return self._volume.read(inode)
-        if known.data is None:
-            raise StateError("there is no such file in the volume", code="cocoonfs-no-such-file", inode=inode)
-        return known.data
-
-    def prepare(self) -> PreparedCommit:
-        """Make the journal durable; the transaction ends.
-
-        Raises:
-            StateError: ``cocoonfs-full``: nothing was changed; ``cocoonfs-commit-pending``, ``cocoonfs-failed``.
-            BackendError: ``block-io``.
-        """
-        changes = self._open()
-        self._changes = None
-        return self._volume._prepare(changes)
-
-    def commit(self) -> None:
-        """`prepare` and `apply`; nothing at all where nothing was changed."""
-        if not self._open():
-            self._changes = None
-            return
-        self.prepare().apply()
-
-    def abandon(self) -> None:
-        """Forget the changes."""
-        self._changes = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            self.abandon()
-        elif self._changes is not None:
-            self.commit()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable
 import pytest
 
 from svsm.formats.errors import SvsmError
-from svsm.storage.cocoonfs import Probe, Volume, probe
+from svsm.storage.cocoonfs import Decision, Probe, Volume, probe
 from svsm.storage.drivers.memory import MemoryDevice
 from svsm.testing.powercut import CrashImage, PowerCutDisk, crash_images
 
@@ -216,7 +216,7 @@ def test_replay_needs_its_first_barrier() -> None:
 def test_crash_while_taking_back() -> None:
     pending, old, new = _pending(512)
     disk = PowerCutDisk(pending)
-    assert _files(Volume.open(disk, KEY, decide=lambda found: False)) == old
+    assert _files(Volume.open(disk, KEY, decide=lambda _found: Decision.NO)) == old
     for image in crash_images(pending, disk.events, samples=4):
         assert _files(Volume.open(MemoryDevice(image.content), KEY)) in (old, new)
 

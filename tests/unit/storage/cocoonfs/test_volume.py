@@ -10,7 +10,7 @@ import random
 import pytest
 
 from svsm.formats.errors import FormatError, IntegrityError, StateError, SvsmError
-from svsm.storage.cocoonfs import FileInfo, FoundJournal, Probe, Volume, probe
+from svsm.storage.cocoonfs import Decision, FileInfo, FoundJournal, Probe, Volume, probe
 from svsm.storage.cocoonfs.layout import DEFAULT_LAYOUT
 from svsm.storage.drivers.memory import MemoryDevice
 from tests.unit.storage.cocoonfs.fsck import check, image_of
@@ -106,17 +106,17 @@ def test_decide_sees_the_commit() -> None:
     transaction.write(16, b"new")
     prepared = transaction.prepare()
     pending = bytes(device.data)
-    for answer in (True, False):
+    for answer in (Decision.YES, Decision.NO):
         seen: list[FoundJournal] = []
         disk = MemoryDevice(pending)
 
-        def decide(found: FoundJournal, answer: bool = answer, seen: list[FoundJournal] = seen) -> bool:
+        def decide(found: FoundJournal, answer: Decision = answer, seen: list[FoundJournal] = seen) -> Decision:
             seen.append(found)
             return answer
 
         opened = Volume.open(disk, KEY, decide=decide)
         assert [(found.counter, found.root_digest) for found in seen] == [(prepared.counter, prepared.root_digest)]
-        assert opened.read(16) == (b"new" if answer else b"old")
+        assert opened.read(16) == (b"new" if answer is Decision.YES else b"old")
         assert Volume.open(disk, KEY).read(16) == opened.read(16)
 
 
