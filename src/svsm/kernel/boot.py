@@ -17,6 +17,7 @@ import socket
 import time
 from collections.abc import Callable
 
+from svsm.abi.block import BlockDevice
 from svsm.abi.channel import Channel
 from svsm.abi.descriptors import client_socket
 from svsm.abi.errors import BackendError, IntegrityError, SvsmError
@@ -168,7 +169,7 @@ class Kernel:
 
     def _open_volume(self, release: Release, birth: Birth, devices: BootDevices) -> Volume:
         if devices.disk is not None:
-            device = open_disk(self._platform, devices.disk)
+            device: BlockDevice = open_disk(self._platform, devices.disk, on_reset=self._disk_reset)
         else:
             device = open_descriptor(self._device(DeviceKind.DISK).descriptor)
         disk = VolumeDisk(device, key=release.volume_key, volume_id=release.configuration.volume_id)
@@ -276,6 +277,9 @@ class Kernel:
             self._tpms[device.index].connect(device.descriptor, endpoint, _transport(device.descriptor))
         except SvsmError as error:
             self._console.event("client-refused", code=error.code, tpm=self._tpms[device.index].name)
+
+    def _disk_reset(self, code: str) -> None:
+        self._console.event("disk-reset", code=code, message="the disk asked for a reset, and got it")
 
     def _storage_failed(self, error: SvsmError) -> None:
         self._console.event("storage-failed", code=error.code, message=error.message)

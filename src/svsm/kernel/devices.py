@@ -17,7 +17,6 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
-from svsm.abi.block import BlockDevice
 from svsm.abi.channel import Channel
 from svsm.abi.errors import ProtocolError
 from svsm.abi.platform import PAGE_SIZE, Gpa, Platform
@@ -28,6 +27,7 @@ from svsm.formats.virtio import MMIO_WINDOW_BYTES, DeviceType
 from svsm.kernel.channels.uart16550 import UartChannel
 from svsm.kernel.channels.virtio_console import ConsoleChannel
 from svsm.kernel.channels.vsock import VsockChannel
+from svsm.kernel.resettable import ResettableDisk
 from svsm.storage.drivers.dma import DmaMemory
 from svsm.storage.drivers.nvme.disk import NvmeDisk, NvmePolicy
 from svsm.storage.drivers.nvme.pci import ConfigurationSpace, enable_memory_bar, find_nvme
@@ -121,8 +121,15 @@ def _may_be_there(device: BootDevice) -> bool:
 # ---- drivers --------------------------------------------------------------------------------------------------------
 
 
-def open_disk(platform: Platform, device: BootDevice) -> BlockDevice:
+def open_disk(
+    platform: Platform, device: BootDevice, *, on_reset: Callable[[str], None] = lambda _code: None
+) -> ResettableDisk:
     """The driver for the chosen disk.
+
+    Args:
+        platform: The hardware.
+        device: The disk's node.
+        on_reset: See `ResettableDisk`.
 
     Raises:
         ProtocolError: ``device-kind``; ``virtio-…``, ``nvme-…`` for a device that cannot be used.
@@ -131,13 +138,15 @@ def open_disk(platform: Platform, device: BootDevice) -> BlockDevice:
     gpa, memory = platform.device_memory()
     part = DmaMemory(memory[:DISK_MEMORY_BYTES], address=gpa)
     if isinstance(device, VirtioMmio):
-        return VirtioBlk(_virtio(platform, device), part, policy=VIRTIO_POLICY)
+        blk = VirtioBlk(_virtio(platform, device), part, policy=VIRTIO_POLICY)
+        return ResettableDisk(blk, on_reset=on_reset)
     if isinstance(device, PciHost):
         space = ConfigurationSpace(platform.ports())
         base, size = enable_memory_bar(
             space, find_nvme(space), window_gpa=device.window_gpa, window_bytes=device.window_bytes
         )
-        return NvmeDisk(platform.registers(Gpa(base), size), part, policy=NVME_POLICY)
+        nvme = NvmeDisk(platform.registers(Gpa(base), size), part, policy=NVME_POLICY)
+        return ResettableDisk(nvme, on_reset=on_reset)
     raise _wrong_kind(device, "disk")
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from svsm.abi.block import BlockDevice
 from svsm.abi.errors import BackendError, ProtocolError, StateError, SvsmError
 from svsm.abi.platform import DeviceKind, Gpa
 from svsm.formats.boot_devices import BootDevices, VirtioMmio
@@ -27,6 +26,7 @@ from svsm.host.devices.virtio_process import serve
 from svsm.host.hypervisor import Hypervisor
 from svsm.host.mmio_relay import MmioRelay
 from svsm.kernel.devices import open_disk, read_devices
+from svsm.kernel.resettable import ResettableDisk
 from svsm.kernel.simulated_platform import DEVICE_TREE_BYTES
 from svsm.launch.build import build_image
 from svsm.storage.drivers.virtio.blk import VirtioBlk
@@ -72,7 +72,7 @@ def machine_with_disk(
             theirs.close()
 
 
-def disk_of(machine: RunningMachine) -> BlockDevice:
+def disk_of(machine: RunningMachine) -> ResettableDisk:
     """As the kernel does it: from the area that the loader has filled."""
     area = machine.platform.read(Gpa(machine.start.registers["r9"]), DEVICE_TREE_BYTES)
     devices = read_devices(area)
@@ -83,7 +83,7 @@ def disk_of(machine: RunningMachine) -> BlockDevice:
 def test_a_volume_on_the_disk_that_the_device_tree_names(tmp_path: Path) -> None:
     with machine_with_disk(tmp_path) as (machine, _):
         disk = disk_of(machine)
-        assert isinstance(disk, VirtioBlk)
+        assert isinstance(disk.driver, VirtioBlk)
         assert (disk.size_bytes, disk.block_size_bytes) == (DISK_BYTES, 512)
         volume = Volume.create(disk, b"key", salt=bytes(16))
         with volume.transaction() as transaction:

@@ -28,7 +28,7 @@ __all__ = ["Event", "Watch"]
 Event = dict[str, object]
 
 _START_SECONDS = 90.0
-_SHOWN = ("log", "proxy-log", "client-refused", "storage-failed", "no-guest", "guest-stopped")
+_SHOWN = ("log", "proxy-log", "client-refused", "storage-failed", "disk-reset", "no-guest", "guest-stopped")
 _MAX_REDUCED = 8
 _MAX_WORD = 64
 _MAX_PLACE = 160
