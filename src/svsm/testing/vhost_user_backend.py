@@ -314,7 +314,7 @@ class Conversation(threading.Thread):
         elif request is Request.SET_VRING_BASE:
             queue.base = state.value
         elif request is Request.SET_VRING_ENABLE:
-            self._write(MmioRegister.STATUS, _FEATURES_OK | DeviceStatus.DRIVER_OK)
+            self._go()
         elif request is Request.GET_VRING_BASE:
             self._write(MmioRegister.STATUS, 0)
             for descriptor in (queue.kick, queue.call, queue.error):
@@ -402,8 +402,13 @@ class Conversation(threading.Thread):
             self._write(register + 4, high)
         self._write(MmioRegister.QUEUE_READY, 1)
         if self._enabled:
-            self._write(MmioRegister.STATUS, _FEATURES_OK | DeviceStatus.DRIVER_OK)
+            self._go()
         return bool(self.device.read32(MmioRegister.QUEUE_READY))
+
+    def _go(self) -> None:
+        """From now on rings are looked at; a kick may have come, and gone, before."""
+        self._write(MmioRegister.STATUS, _FEATURES_OK | DeviceStatus.DRIVER_OK)
+        self.device.service()
 
     def _guest(self, user_address: int) -> int:
         for region in self._regions:

@@ -77,6 +77,7 @@ class Interposer(RegisterLies):
         self._seen = 0
         self._wrap = True
         self._position = 0
+        self._forced = 0
         self._handled: tuple[int, bool] | None = None
 
     # ---- registers --------------------------------------------------------------------------------------------------
@@ -135,49 +136,48 @@ class Interposer(RegisterLies):
             raise RuntimeError("there is no memory yet")
         return self._memory
 
-    def before_load(self, address: int, width: int) -> None:
-        """The driver is about to read an item."""
+    def load(self, view: memoryview, item: int, address: int, width: int) -> int:
+        """What the driver gets for an item: never something that has not been looked at here."""
         descriptors, _, used = self._queue.addresses
         if self.packed:
             inside = address - descriptors
             if width == 8 and 0 <= inside < 16 * self._queue.size and inside % 16 == 8:
-                self._look_packed(inside // 16)
+                return self._load_tail(inside // 16)
         elif width == 2 and address == used + 2:
-            self._look_split()
+            return self._load_index()
         if width == 1 and self.on_status is not None:
-            at = self._at(address)
-            memory = self._whole().bytes
-            memory[at] = self.on_status(memory[at])
+            view[item] = self.on_status(view[item])
+        return int(view[item])
 
-    def _look_split(self) -> None:
-        if self.hiding:
-            self.set_index(self._seen)
-            return
-        index = self.index
+    def _load_index(self) -> int:
+        index = self.index  # what QEMU adds from here on is for the next look
         fresh = (index - self._seen) & 0xFFFF
+        if self.hiding:
+            return self._seen
         if fresh > self._queue.size:
-            return
+            return index
         positions = [(self._seen + step) % self._queue.size for step in range(fresh)]
         if positions and self.on_batch is not None:
             self.on_batch(self, positions)
+        self._forced = index
         for position in positions:
             self._show(position)
         self._seen = index
+        return self._forced
 
-    def _look_packed(self, position: int) -> None:
+    def _load_tail(self, position: int) -> int:
         if position < self._position:
             self._wrap = not self._wrap
         self._position = position
-        flags = self.flags(position)
-        used = flags & _MARKS == (_MARKS if self._wrap else 0)
-        if not used or self._handled == (position, self._wrap):
-            return
+        tail = self._whole().u64[self._word(position)]
+        if tail >> 48 & _MARKS != (_MARKS if self._wrap else 0) or self._handled == (position, self._wrap):
+            return tail
         if self.hiding:
             available = DescriptorFlag.AVAIL if self._wrap else DescriptorFlag.USED
-            self.set_flags(position, flags & ~_MARKS | int(available))
-            return
+            return tail & ~(_MARKS << 48) | int(available) << 48
         self._handled = (position, self._wrap)
         self._show(position)
+        return self._whole().u64[self._word(position)]
 
     def _show(self, position: int) -> None:
         self.count += 1
@@ -198,6 +198,7 @@ class Interposer(RegisterLies):
 
     def set_index(self, value: int) -> None:
         """Split: another used index."""
+        self._forced = value & 0xFFFF
         self._whole().u16[self._at(self._queue.addresses[2] + 2) // 2] = value & 0xFFFF
 
     def _word(self, position: int) -> int:
@@ -251,7 +252,7 @@ class _View:
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, int):
-            self._interposer.before_load(self._address + key * self._width, self._width)
+            return self._interposer.load(self._view, key, self._address + key * self._width, self._width)
         return self._view[key]
 
     def __setitem__(self, key: Any, value: Any) -> None:

@@ -43,7 +43,8 @@ Liar = Callable[[Request], Script]
 def _lie(change: Callable[[Conversation, bytes], bytes]) -> Liar:
     def make(target: Request) -> Script:
         def script(conversation: Conversation, request: Request, honest: bytes) -> bytes:
-            return change(conversation, honest) if request is target else honest
+            # Where nothing is answered there is nothing to replace.
+            return change(conversation, honest) if request is target and honest else honest
 
         return script
 
