@@ -149,15 +149,15 @@ class ConsoleChannel:
         rest = memoryview(data).cast("B")
         try:
             while rest or not self._outbox.empty:
+                self._look_at_control()
+                if rest and self._control is not None and self._control.closed:
+                    raise BackendError("the far end has closed its port", code="channel-closed")
                 while rest and self._outbox.room():
                     piece = rest[: self._outbox.buffer_bytes]
                     if self._outbox.put(piece):
                         self._line.kick(self._outbox.index)
                     rest = rest[len(piece) :]
                     self._line.progress()
-                self._look_at_control()
-                if self._control is not None and self._control.closed:
-                    raise BackendError("the far end has closed its port", code="channel-closed")
                 if not self._outbox.room() or not self._outbox.empty:
                     self._line.wait(deadline)
         except SvsmError as error:
@@ -294,6 +294,8 @@ class _Control:
             raise ProtocolError("the console speaks of a port that is not there", code="console-control")
         elif control.event == ConsoleEvent.DEVICE_REMOVE:
             raise BackendError("the port was removed", code="channel-closed")
+        elif control.event == ConsoleEvent.CONSOLE_PORT:
+            self._due.append(ConsoleControl(self._port, ConsoleEvent.PORT_OPEN, 1))  # §5.3.6.2.2: a MUST
         elif control.event == ConsoleEvent.PORT_OPEN:
             # What was closed stays closed: bytes of a second visitor are not the first one's.
             self.opened = self.opened or bool(control.value)

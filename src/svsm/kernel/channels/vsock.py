@@ -202,7 +202,8 @@ class VsockChannel:
         try:
             while rest or not self._outbox.empty:
                 self._turn()
-                self._demand_listener()
+                if rest:  # what the device has got already may be answered before a hang-up
+                    self._demand_listener()
                 window = self._connection.window
                 if rest and self._outbox.room() and (window or not asked):
                     if not window:  # once for each time that it ran out
