@@ -211,12 +211,7 @@ def running_machine(
     to_host, to_hardware = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     kernel_end, host_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     threads: list[threading.Thread] = []
-    port = None
-    if vcpu is not None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        port = VcpuPort(ours)
-        fds = {"vmpl2_fd": memory.descriptors[Home.VMPL2], "shared_fd": memory.descriptors[Home.SHARED]}
-        threads.append(threading.Thread(target=_guarded, args=(vcpu, theirs), kwargs=fds, daemon=True))
+    port = None if vcpu is None else _vcpu_port(vcpu, memory, threads)
     machine = Machine(
         host=Port(to_host, name="the host"),
         chip=chip or throwaway_chip(),
@@ -275,6 +270,14 @@ def running_machine(
         for name in ("private", "vmpl2", "shared"):
             os.close(spawner.descriptors[name])
         memory.close()
+
+
+def _vcpu_port(vcpu: Callable[..., None], memory: PhysicalMemory, threads: list[threading.Thread]) -> VcpuPort:
+    """The machine's end to a vCPU, whose thread is appended."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    fds = {"vmpl2_fd": memory.descriptors[Home.VMPL2], "shared_fd": memory.descriptors[Home.SHARED]}
+    threads.append(threading.Thread(target=_guarded, args=(vcpu, theirs), kwargs=fds, daemon=True))
+    return VcpuPort(ours)
 
 
 def _guarded(vcpu: Callable[..., None], sock: socket.socket, *, vmpl2_fd: int, shared_fd: int) -> None:
