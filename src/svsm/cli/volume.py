@@ -118,7 +118,7 @@ def _print(lines: dict[str, object], *, as_json: bool) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from svsm.storage.cocoonfs.volume import read_static_header
+    from svsm.storage.cocoonfs.headers import read_static_header
 
     static = read_static_header(_device(arguments.image))
     layout = static.layout

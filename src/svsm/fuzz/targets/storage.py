@@ -21,11 +21,12 @@ from svsm.storage.cocoonfs import encoding
 from svsm.storage.cocoonfs.auxarea import aux_extents
 from svsm.storage.cocoonfs.decision import Decision, FoundJournal
 from svsm.storage.cocoonfs.entities import block_payload_bytes
+from svsm.storage.cocoonfs.headers import probe
 from svsm.storage.cocoonfs.index import NodeFormat
 from svsm.storage.cocoonfs.journal import Disguise, JournalLog
 from svsm.storage.cocoonfs.keys import Keys
 from svsm.storage.cocoonfs.layout import DEFAULT_LAYOUT, ImageLayout, MutableHeader, StaticHeader
-from svsm.storage.cocoonfs.volume import Volume, probe
+from svsm.storage.cocoonfs.volume import Volume
 from svsm.storage.drivers.memory import MemoryDevice
 from svsm.storage.drivers.remote import (
     DISCARD,

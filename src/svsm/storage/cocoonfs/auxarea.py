@@ -36,7 +36,7 @@ from svsm.storage.cocoonfs.encoding import (
 )
 from svsm.storage.cocoonfs.layout import ImageLayout, align_up
 
-__all__ = ["NO_AUX", "AuxArea", "aux_extents", "fresh_contents", "group_lengths"]
+__all__ = ["NO_AUX", "AuxArea", "aux_extents", "fresh_contents", "group_lengths", "place_group"]
 
 NO_AUX = NIL + NIL
 _HEAD_SECTION, _TAIL_SECTION = 17, 16
@@ -126,15 +126,36 @@ def _room(layout: ImageLayout, extents: Sequence[Extent]) -> int:
 
 def group_lengths(layout: ImageLayout, payload_bytes: int) -> list[int]:
     """Lengths in allocation blocks of the extents of one group that shall have room for a payload."""
+    return [length for _, length in place_group(layout, payload_bytes, lambda length: (0, length))]
+
+
+def place_group(layout: ImageLayout, payload_bytes: int, take: Callable[[int], Extent | None]) -> list[Extent]:
+    """Extents for one group that shall have room for a payload.
+
+    Args:
+        layout: The configuration.
+        payload_bytes: Records and reserve.
+        take: Gives a free extent of this length in allocation blocks, on a multiple of `ImageLayout.journal_ab`, or
+            None; then a shorter one is tried.
+
+    Returns:
+        The extents; none where even the shortest is not to be had.
+    """
     unit = layout.journal_ab
-    largest = MAX_POINTER_EXTENT_AB // unit * unit
-    lengths: list[int] = []
-    while not lengths or payload_bytes > 0:
-        front = _front(layout, head=not lengths)
+    extents: list[Extent] = []
+    while not extents or payload_bytes > 0:
+        front = _front(layout, head=not extents)
         whole = align_up(align_up(payload_bytes + front, layout.ab_bytes) // layout.ab_bytes, unit)
-        lengths.append(min(whole, largest))
-        payload_bytes -= lengths[-1] * layout.ab_bytes - front
-    return lengths
+        length = min(whole, MAX_POINTER_EXTENT_AB // unit * unit)
+        extent = take(length)
+        while extent is None and length > unit:
+            length = align_up(length // 2, unit)
+            extent = take(length)
+        if extent is None or length * layout.ab_bytes <= front:
+            return []
+        extents.append(extent)
+        payload_bytes -= length * layout.ab_bytes - front
+    return extents
 
 
 def _contents(
@@ -209,6 +230,7 @@ class AuxArea:
         if self._heads == [0, 0]:
             raise _malformed("pointer")
         self._read = read
+        self._known_to_fit = False
 
     def _plain(self, index: int) -> bytes | None:
         section = _HEAD_SECTION if index in self._heads else _TAIL_SECTION
@@ -250,13 +272,19 @@ class AuxArea:
         """
         return self._current(self._groups())[1] if self.extents else AuxMetadata()
 
-    @property
-    def wants_move(self) -> bool:
-        """Whether a change without the key left the hint that the storage no longer fits its reserve."""
-        if not self.extents:
-            return False
-        groups = self._groups()
-        return groups[self._current(groups)[0]].state == _ACTIVE_MOVE
+    def to_move(self) -> AuxMetadata | None:
+        """The records, if a change without the key left the hint that their storage no longer fits the reserve."""
+        if self._known_to_fit or not self.extents:
+            return None
+        try:
+            groups = self._groups()
+            current, metadata = self._current(groups)
+        except FormatError:
+            return None  # damaged; reading the records says so
+        if groups[current].state == _ACTIVE_MOVE:
+            return metadata
+        self._known_to_fit = True
+        return None
 
     def is_settled(self) -> bool:
         """Whether no extent is torn and group 0 counts."""

@@ -13,9 +13,10 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from svsm.formats.errors import StateError
+from svsm.storage.cocoonfs.aux import AuxMetadata
 from svsm.storage.cocoonfs.decision import Decide, Decision, FoundJournal, refused, undecided
 from svsm.storage.cocoonfs.layout import FIRST_USER_INODE
-from svsm.storage.cocoonfs.transaction import Change
+from svsm.storage.cocoonfs.transaction import AUX_CHANGE, Change
 
 __all__ = ["PreparedCommit", "Target", "Transaction"]
 
@@ -103,6 +104,10 @@ class Target(Protocol):
     def read(self, inode: int) -> bytes:
         """Its contents."""
 
+    @property
+    def aux(self) -> AuxMetadata:
+        """The auxiliary metadata."""
+
     def prepare(self, changes: dict[int, Change]) -> PreparedCommit:
         """Make a journal of these changes durable."""
 
@@ -186,7 +191,7 @@ class Transaction:
         changes = self._open()
         self._saw_all = True
         found = self._volume.inodes()
-        found |= {inode for inode, change in changes.items() if change.data is not None}
+        found |= {inode for inode, change in changes.items() if change.data is not None and inode != AUX_CHANGE}
         return sorted(found - {inode for inode, change in changes.items() if change.data is None})
 
     def read(self, inode: int) -> bytes:
@@ -202,6 +207,28 @@ class Transaction:
         if known.data is None:
             raise _no_such_file(inode)
         return known.data
+
+    @property
+    def aux(self) -> AuxMetadata:
+        """The auxiliary metadata as this transaction leaves it.
+
+        Raises:
+            FormatError: ``cocoonfs-aux``.
+            StateError: ``cocoonfs-transaction-ended``.
+        """
+        known = self._open().get(AUX_CHANGE)
+        if known is not None:
+            return AuxMetadata.parse(known.data or b"")
+        self._seen.add(AUX_CHANGE)
+        return self._volume.aux
+
+    def set_aux(self, metadata: AuxMetadata) -> None:
+        """Replace the auxiliary metadata; it gets new storage with the reserve that it asks for.
+
+        Raises:
+            StateError: ``cocoonfs-transaction-ended``.
+        """
+        self._open()[AUX_CHANGE] = Change(metadata.pack())
 
     def depends_on(self, inodes: set[int]) -> bool:
         """Whether it looked at one of these files (beyond what it wrote itself)."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from svsm.formats.errors import FormatError
 from svsm.storage.cocoonfs.allocation import bitmap_blocks
-from svsm.storage.cocoonfs.auxarea import aux_extents
+from svsm.storage.cocoonfs.auxarea import AuxArea
 from svsm.storage.cocoonfs.blockio import BlockIo
 from svsm.storage.cocoonfs.blockmap import BlockMap, Counted, parse_states
 from svsm.storage.cocoonfs.encoding import Extent, decode_block_pointer, decode_extents_list
@@ -26,6 +26,7 @@ from svsm.storage.cocoonfs.entities import (
     decrypt_block,
     decrypt_extents,
 )
+from svsm.storage.cocoonfs.expected import ANYTHING, Expected
 from svsm.storage.cocoonfs.geometry import FixedPlaces, TreeGeometry
 from svsm.storage.cocoonfs.index import Entry, Leaf, Node, NodeFormat, find, pointer_extent
 from svsm.storage.cocoonfs.keys import COUNTER_DOMAIN, INDEX_DOMAIN, Keys
@@ -53,6 +54,7 @@ class VolumeContext:
     places: FixedPlaces
     keys: Keys
     io: BlockIo
+    expected: Expected = ANYTHING
 
 
 def read_counter(keys: Keys, encrypted: bytes) -> int:
@@ -90,7 +92,7 @@ class Image:
         counter: The update counter.
         tree: The authentication tree.
         bitmap_extents: Of the bitmap file.
-        aux: Extents of auxiliary metadata.
+        aux: Storage of the auxiliary metadata.
         used: What the bitmap says.
         counted: What counts for digests.
         entry_leaf: First block of the entry leaf.
@@ -104,7 +106,7 @@ class Image:
     counter: int
     tree: AuthTree
     bitmap_extents: tuple[Extent, ...]
-    aux: list[Extent]
+    aux: AuxArea
     used: BlockMap
     counted: Counted
     entry_leaf: int
@@ -117,10 +119,11 @@ class Image:
         """Size in ab."""
         return self.header.image_ab
 
-    def uncounted(self) -> list[Extent]:
-        """What never counts for digests: headers, journal head, auxiliary metadata, the tree itself."""
+    def uncounted(self, aux: Sequence[Extent] | None = None) -> list[Extent]:
+        """What never counts for digests: headers, journal head, auxiliary metadata (or what it will be), the tree."""
         places = self.volume.places
-        return [(0, places.header_end_ab), places.journal_head, *self.aux, *self.tree.geometry.extents]
+        extents = self.aux.extents if aux is None else aux
+        return [(0, places.header_end_ab), places.journal_head, *extents, *self.tree.geometry.extents]
 
     def read_checked(self, begin: int, end: int) -> bytes:
         """Whole data blocks ``[begin, end)`` (ab), compared with the tree; what does not count is as the disk has it.
@@ -258,6 +261,7 @@ def open_image(volume: VolumeContext) -> Image:
     Raises:
         IntegrityError: ``cocoonfs-authentication``.
         FormatError: ``cocoonfs-format``, ``cocoonfs-truncated``, ``cocoonfs-aux``.
+        PolicyError: ``cocoonfs-unexpected``: not the size that the caller expects.
     """
     layout, keys, io = volume.layout, volume.keys, volume.io
     begin, end = volume.places.header_begin_ab, volume.places.header_end_ab
@@ -280,7 +284,7 @@ def open_image(volume: VolumeContext) -> Image:
     tree = AuthTree(geometry, keys, io.read, context)
     tree.load_root(header.root_hmac, header.encrypted_counter)
     used = _read_bitmap(volume, tree, bitmap_extents, header.image_ab)
-    aux = aux_extents(layout, header.aux_pointers, header.image_ab, io.read)
+    aux = AuxArea(layout, header.aux_pointers, header.image_ab, io.read)
     image = Image(
         volume=volume,
         header=header,
@@ -299,10 +303,15 @@ def open_image(volume: VolumeContext) -> Image:
     if not all(used.all_used(extent) for extent in [*fixed, *bitmap_extents]):
         raise authentication_failure("fixed places in the bitmap")
     image.counted = Counted(used, fixed)
+    # Anybody may have written the list of these extents. What the tree says does not count may be freed and written;
+    # a list that runs over somebody's file does not get past here.
+    for first, length in aux.extents:
+        image.read_checked(first, first + length)
     # The entry leaf was believed on its own MAC so far; an older one has a valid MAC too, but not in this tree.
     if image.read((entry_begin, layout.leaf_ab)) != entry_raw:
         raise authentication_failure("entry leaf in the tree")
     image.nodes[entry_begin] = leaf
+    volume.expected.check_size(image.image_ab * layout.ab_bytes)
     image.root = _root(image, _special(leaf, INDEX_INODE))
     return image
 

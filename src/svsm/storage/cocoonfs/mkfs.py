@@ -4,17 +4,22 @@
 Everything that is not allocated is filled with random bytes, so that a fresh volume does not tell what is free. The
 static header's first device block is zeroed first and written last: a volume that was not finished has no magic.
 
-Placed in this order: headers; the journal's head; the tree; the bitmap; the entry leaf in the gap before the
-journal's head where there is one. No auxiliary metadata is laid out (both pointers NIL), which the format allows.
+Placed in this order: headers; the journal's head; the tree; auxiliary metadata, if any; the bitmap; the entry leaf in
+the gap before the journal's head where there is one; extents lists of a large tree and bitmap.
+
+`plan_format` finds out without writing whether everything fits; formatting at first open depends on that.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from svsm.formats.errors import FormatError
 from svsm.storage.cocoonfs.allocation import bitmap_blocks, bits_per_bitmap_block, pack_states, with_ranges
-from svsm.storage.cocoonfs.auxarea import NO_AUX
+from svsm.storage.cocoonfs.aux import NO_METADATA, AuxMetadata
+from svsm.storage.cocoonfs.auxarea import NO_AUX, fresh_contents, group_lengths
 from svsm.storage.cocoonfs.encoding import (
     MAX_POINTER_EXTENT_AB,
     Extent,
@@ -31,21 +36,25 @@ from svsm.storage.cocoonfs.layout import (
     AUTH_TREE_INODE,
     BITMAP_INODE,
     INDEX_INODE,
+    ImageLayout,
     MutableHeader,
     Subject,
     align_up,
 )
+from svsm.storage.cocoonfs.primitives import KEYSTREAM_SEED_BYTES, keystream
 from svsm.storage.cocoonfs.tree import DataDigester, image_context, root_digest
 
-__all__ = ["format_volume"]
+__all__ = ["FormatPlan", "plan_format"]
 
 _CHUNK_BYTES = 1 << 20
+_SPAN_BLOCKS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class _Places:
     image_ab: int
     tree: Extent
+    aux: tuple[list[Extent], list[Extent]]
     bitmap: Extent
     entry_leaf: Extent
     lists: dict[int, Extent]
@@ -56,7 +65,7 @@ def _too_small(image_ab: int) -> FormatError:
     return FormatError(
         "the disk is too small for a volume",
         code="cocoonfs-too-small",
-        hint="use a disk of at least 64 KiB",
+        hint="use a disk of at least 64 KiB, and more with large blocks or much auxiliary metadata",
         got=image_ab,
     )
 
@@ -71,7 +80,20 @@ def _list_extent(volume: VolumeContext, inode: int, extent: Extent, at: int) -> 
     return at, length
 
 
-def _places(volume: VolumeContext, wanted_ab: int) -> _Places:
+def _aux_places(layout: ImageLayout, metadata: AuxMetadata, at: int) -> tuple[list[Extent], list[Extent]]:
+    """Extents of group 0 and 1, end to end from `at`."""
+    groups: tuple[list[Extent], list[Extent]] = ([], [])
+    if metadata.is_trivial:
+        return groups
+    lengths = group_lengths(layout, metadata.storage_bytes)
+    for group in groups if metadata.reserve_bytes is not None else groups[:1]:
+        for length in lengths:
+            group.append((at, length))
+            at += length
+    return groups
+
+
+def _places(volume: VolumeContext, wanted_ab: int, metadata: AuxMetadata) -> _Places:
     layout, places = volume.layout, volume.places
     wanted_ab -= wanted_ab % layout.io_ab
     nodes, left = plan_tree(layout, wanted_ab)
@@ -80,7 +102,8 @@ def _places(volume: VolumeContext, wanted_ab: int) -> _Places:
     unit = max(layout.node_ab, layout.journal_ab)
     tree = (head_end, align_up(nodes * layout.node_ab, unit))
     unit = max(layout.bitmap_ab, layout.data_ab)
-    begin = align_up(sum(tree), layout.data_ab)
+    aux = _aux_places(layout, metadata, align_up(sum(tree), layout.journal_ab))
+    begin = align_up(max(sum(extent) for extent in (tree, *aux[0], *aux[1])), layout.data_ab)
     bitmap = (begin, align_up(bitmap_blocks(layout, image_ab) * layout.bitmap_ab, unit))
     end = sum(bitmap)
     entry = align_up(places.header_end_ab, layout.leaf_ab)
@@ -94,16 +117,19 @@ def _places(volume: VolumeContext, wanted_ab: int) -> _Places:
             end = sum(lists[inode])
     if end > image_ab:
         raise _too_small(image_ab)
-    return _Places(image_ab, tree, bitmap, (entry, layout.leaf_ab), lists, end)
+    return _Places(image_ab, tree, aux, bitmap, (entry, layout.leaf_ab), lists, end)
 
 
-class _Maker:
-    def __init__(self, volume: VolumeContext, wanted_ab: int, random: Random) -> None:
+class FormatPlan:
+    """A volume that fits, and can be written."""
+
+    def __init__(self, volume: VolumeContext, wanted_ab: int, metadata: AuxMetadata, random: Random) -> None:
         self.volume, self.random = volume, random
         self.layout, self.keys = volume.layout, volume.keys
-        self.at = _places(volume, wanted_ab)
+        self.at = _places(volume, wanted_ab, metadata)
+        self._metadata = metadata
         self.geometry = TreeGeometry(self.layout, [self.at.tree], self.at.image_ab)
-        self.pieces: dict[int, bytes] = {}
+        self.pieces: dict[int, bytes | bytearray] = {}
         self.used = bytearray(self.at.image_ab)
         with_ranges(
             self.used,
@@ -111,6 +137,8 @@ class _Maker:
                 (0, volume.places.header_end_ab),
                 volume.places.journal_head,
                 self.at.tree,
+                *self.at.aux[0],
+                *self.at.aux[1],
                 self.at.bitmap,
                 self.at.entry_leaf,
                 *self.at.lists.values(),
@@ -150,44 +178,77 @@ class _Maker:
         self.pieces[self.at.entry_leaf[0]] = raw
         return raw
 
+    def _content(self, begin: int, length: int) -> bytes:
+        """What is laid out in a range; zeros where nothing is."""
+        size = self.layout.ab_bytes
+        content = bytearray(length * size)
+        for place, piece in self.pieces.items():
+            lo, hi = max(place, begin), min(place + len(piece) // size, begin + length)
+            if lo < hi:
+                content[(lo - begin) * size : (hi - begin) * size] = piece[(lo - place) * size : (hi - place) * size]
+        return bytes(content)
+
+    def _entries(self) -> Iterator[bytes]:
+        """The digests of all data blocks."""
+        layout, unit = self.layout, self.layout.data_ab
+        aux = [*self.at.aux[0], *self.at.aux[1]]
+        places = self.volume.places
+        fixed = [(0, places.header_end_ab), places.journal_head, self.at.tree, *aux]
+        counted = with_ranges(bytearray(self.used), fixed, 0)
+        digester = DataDigester(layout, self.keys)
+        copy, nothing = self.keys.data_mac.copy, bytes(8)
+        for block, (begin, length) in self.geometry.runs(0, self.geometry.data_blocks):
+            for at in range(begin, begin + length, _SPAN_BLOCKS * unit):
+                span = min(_SPAN_BLOCKS * unit, begin + length - at)
+                first = block + (at - begin) // unit
+                states = bytes(counted[at : at + span]).ljust(span, b"\0")
+                if 1 in states:
+                    yield from digester.digests(first, self._content(at, span), states)
+                    continue
+                # Nearly all of a new volume: worth saving the general case's look at patterns and contents.
+                for number in range(first, first + span // unit):
+                    state = copy()
+                    state.update(nothing + number.to_bytes(8, "little") + Subject.DATA_BLOCK)
+                    yield state.finalize()
+
     def _tree(self) -> bytes:
         """Lay out the tree's nodes; the root comes back."""
-        geometry, layout, volume = self.geometry, self.layout, self.volume
-        counted = with_ranges(
-            bytearray(self.used), [(0, volume.places.header_end_ab), volume.places.journal_head, self.at.tree], 0
-        )
-        digester = DataDigester(layout, self.keys)
-        entries: list[bytes] = []
-        for block, (begin, length) in geometry.runs(0, geometry.data_blocks):
-            content = bytearray(length * layout.ab_bytes)
-            for place, piece in self.pieces.items():
-                if begin <= place < begin + length:
-                    offset = (place - begin) * layout.ab_bytes
-                    content[offset : offset + len(piece)] = piece
-            states = bytes(counted[begin : begin + length]).ljust(length, b"\0")
-            entries += digester.digests(block, bytes(content), states)
+        geometry, layout = self.geometry, self.layout
+        content = bytearray(self.at.tree[1] * layout.ab_bytes)
         node_hash = layout.node_hash
+        entries: Iterator[bytes] = self._entries()
         for level in range(geometry.levels):
             fan_out = 1 << (geometry.node_log2 if level else geometry.leaf_log2)
             size = node_hash.digest_bytes if level else layout.data_hash.digest_bytes
             above: list[bytes] = []
-            for number, first in enumerate(range(0, len(entries), fan_out)):
-                node = b"".join(entries[first : first + fan_out]).ljust(fan_out * size, b"\0")
-                block = number << geometry.bits(level)
-                place, _ = geometry.node_place(level, block)
-                self.pieces[place] = node.ljust(layout.node_bytes, b"\0")
+            while digests := list(islice(entries, fan_out)):
+                node = b"".join(digests).ljust(fan_out * size, b"\0")
+                block = len(above) << geometry.bits(level)
+                offset = (geometry.node_place(level, block)[0] - self.at.tree[0]) * layout.ab_bytes
+                content[offset : offset + len(node)] = node
                 if level == geometry.levels - 1:
+                    self.pieces[self.at.tree[0]] = content
                     return node
                 above.append(node_hash.digest(node, geometry.node_id(level, block) + Subject.TREE_NODE))
-            entries = above
+            entries = iter(above)
         raise _too_small(self.at.image_ab)
+
+    def _lay_aux(self) -> bytes:
+        """Lay out the auxiliary metadata; the pointer pair comes back."""
+        if not self.at.aux[0]:
+            return NO_AUX
+        pointers, contents = fresh_contents(self.layout, *self.at.aux, self._metadata)
+        self.pieces |= {extent[0]: content for extent, content in contents}
+        return pointers
 
     def _header(self) -> MutableHeader:
         layout, keys = self.layout, self.keys
         raw = self._entry_leaf()
+        aux_pointers = self._lay_aux()
         self._bitmap()
         root = self._tree()
-        counter = layout.cipher.encrypt_with_iv(keys.encryption_key(COUNTER_DOMAIN), bytes(16), self.random(16))
+        key, iv = keys.encryption_key(COUNTER_DOMAIN), bytes(layout.cipher.block_bytes)
+        counter = layout.cipher.encrypt_with_iv(key, iv, self.random(16))
         pointer = encode_block_pointer(self.at.entry_leaf[0])
         context = image_context(
             layout,
@@ -198,7 +259,7 @@ class _Maker:
             bitmap_extents=[self.at.bitmap],
         )
         return MutableHeader(
-            NO_AUX,
+            aux_pointers,
             root_digest(self.geometry, keys, root, counter, context),
             counter,
             entry_leaf_mac(layout, keys, raw),
@@ -206,8 +267,20 @@ class _Maker:
             self.at.image_ab,
         )
 
-    def write(self) -> None:
-        """Put the volume on the device."""
+    @property
+    def used_end_bytes(self) -> int:
+        """Nothing that is needed lies behind this."""
+        return self.at.used_end * self.layout.ab_bytes
+
+    def write(self, *, sparing: Sequence[Extent] = ()) -> None:
+        """Put the volume on the device.
+
+        Args:
+            sparing: Ranges in bytes, behind `used_end_bytes`, that stay as they are.
+
+        Raises:
+            BackendError: ``block-io``.
+        """
         volume, io, size = self.volume, self.volume.io, self.layout.ab_bytes
         header = self._header()
         static = volume.static.pack()
@@ -217,30 +290,48 @@ class _Maker:
         io.zero_first(0)
         io.flush()
         pieces = sorted(self.pieces.items())
+        fill = keystream(self.random(KEYSTREAM_SEED_BYTES))
         end = self.at.image_ab * size
         for chunk in range(0, end, _CHUNK_BYTES):
             length = min(_CHUNK_BYTES, end - chunk)
-            data = bytearray(self.random(length))
+            data = bytearray(fill(length))
             for place, piece in pieces:
                 lo, hi = max(place * size, chunk), min(place * size + len(piece), chunk + length)
                 if lo < hi:
-                    data[lo - chunk : hi - chunk] = piece[lo - place * size : hi - place * size]
-            skip = io.first_bytes if chunk == 0 else 0
-            io.write_bytes([(chunk + skip, bytes(data[skip:]))])
+                    data[lo - chunk : hi - chunk] = memoryview(piece)[lo - place * size : hi - place * size]
+            left_out = [(0, io.first_bytes), *sparing]
+            io.write_bytes(
+                [(lo, bytes(data[lo - chunk : hi - chunk])) for lo, hi in _without(chunk, chunk + length, left_out)]
+            )
         io.flush()
         io.write_first(0, static)
         io.flush()
 
 
-def format_volume(volume: VolumeContext, *, size_bytes: int, random: Random) -> None:
-    """Write an empty volume.
+def _without(begin: int, end: int, holes: Sequence[Extent]) -> list[tuple[int, int]]:
+    """``[begin, end)`` without the (begin, length) holes."""
+    parts = []
+    for hole, length in sorted(holes):
+        if begin < min(hole, end):
+            parts.append((begin, min(hole, end)))
+        begin = max(begin, hole + length)
+    if begin < end:
+        parts.append((begin, end))
+    return parts
+
+
+def plan_format(
+    volume: VolumeContext, *, size_bytes: int, metadata: AuxMetadata = NO_METADATA, random: Random
+) -> FormatPlan:
+    """Find places for an empty volume; nothing is written yet.
 
     Args:
         volume: Keys, places and device for a static header that is not on the device yet.
         size_bytes: How much of the device to use; the volume comes out up to a few KiB smaller.
+        metadata: Auxiliary metadata, and what to reserve for it.
         random: Source of IVs, the update counter's start, and the fill.
 
     Raises:
         FormatError: ``cocoonfs-too-small``, ``cocoonfs-format``.
     """
-    _Maker(volume, size_bytes // volume.layout.ab_bytes, random).write()
+    return FormatPlan(volume, size_bytes // volume.layout.ab_bytes, metadata, random)

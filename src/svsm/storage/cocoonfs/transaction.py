@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 
 from svsm.formats.errors import StateError
 from svsm.storage.cocoonfs.allocation import Space, bits_per_bitmap_block, no_space
+from svsm.storage.cocoonfs.aux import AuxMetadata
+from svsm.storage.cocoonfs.auxarea import NO_AUX, AuxArea, fresh_contents, place_group
 from svsm.storage.cocoonfs.blockmap import BlockMap, Counted, pack_states
 from svsm.storage.cocoonfs.encoding import (
     MAX_POINTER_EXTENT_AB,
@@ -52,7 +54,10 @@ from svsm.storage.cocoonfs.layout import BITMAP_INODE, INDEX_INODE, MutableHeade
 from svsm.storage.cocoonfs.replay import bitmap_cover, block_place
 from svsm.storage.cocoonfs.tree import TreeUpdate
 
-__all__ = ["Change", "CommitPlan", "plan_commit"]
+__all__ = ["AUX_CHANGE", "Change", "CommitPlan", "plan_commit"]
+
+AUX_CHANGE = 0
+"""Stands for the auxiliary metadata among the changes of a commit; no file has this number."""
 
 _COUNTER_LIMIT = 1 << 128
 _RESERVED_BITMAP_BLOCKS = 64
@@ -60,7 +65,7 @@ _RESERVED_BITMAP_BLOCKS = 64
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A file's new contents, or its removal (`data` None)."""
+    """A file's new contents, or its removal (`data` None); for `AUX_CHANGE` the encoded records."""
 
     data: bytes | None = field(repr=False)
     flags: int = 0
@@ -86,6 +91,9 @@ class CommitPlan:
 
     def adopt(self, image: Image) -> None:
         """Make the new state the image's own."""
+        if self.header.aux_pointers != image.header.aux_pointers:
+            volume = image.volume
+            image.aux = AuxArea(volume.layout, self.header.aux_pointers, image.image_ab, volume.io.read)
         image.header, image.counter, image.root = self.header, self.counter, self.root
         image.tree.adopt(self.tree)
         image.used = self.used
@@ -108,11 +116,16 @@ class _Layout:
         self.writes: list[tuple[int, bytes]] = []
         self.editor = IndexEditor(image.format, image.load, image.root, self.space.block)
         self._base: dict[int, bytes] = {}
+        self.aux = image.aux.extents
+        self.aux_pointers = image.header.aux_pointers
 
     # -- files -------------------------------------------------------------------------------------------------
 
     def change(self, inode: int, change: Change) -> None:
-        """Lay out one file's change."""
+        """Lay out one file's change, or that of the auxiliary metadata."""
+        if inode == AUX_CHANGE:
+            self.move_aux(AuxMetadata.parse(change.data or b""))
+            return
         old = self.editor.find(inode)
         if old is not None:
             extents, lists = self.image.extents_of(old)
@@ -121,6 +134,23 @@ class _Layout:
             self.editor.remove(inode)
         else:
             self.editor.put(Entry(inode, self._place(inode, change.data), change.flags))
+
+    def move_aux(self, metadata: AuxMetadata) -> None:
+        """New storage for auxiliary metadata; the old is freed. No digest covers either."""
+        self.freed += self.image.aux.extents
+        self.aux, self.aux_pointers = [], NO_AUX
+        if metadata.is_trivial:
+            return
+        groups: tuple[list[Extent], list[Extent]] = ([], [])
+        unit = self.layout.journal_ab
+        for group in groups if metadata.reserve_bytes is not None else groups[:1]:
+            group += place_group(self.layout, metadata.storage_bytes, lambda length: self.space.aligned(length, unit))
+            if not group:
+                raise no_space(unit)
+        self.aux_pointers, contents = fresh_contents(self.layout, *groups, metadata)
+        self.aux = [*groups[0], *groups[1]]
+        for extent, content in contents:
+            self._lay((extent,), content)
 
     def _place(self, inode: int, data: bytes) -> bytes:
         size = self.layout.ab_bytes
@@ -305,7 +335,7 @@ class _Layout:
         self._bitmap()
         self._check_room()
         image, layout = self.image, self.layout
-        counted = Counted(self.used, image.uncounted())
+        counted = Counted(self.used, image.uncounted(self.aux))
         counter = (image.counter + 1) % _COUNTER_LIMIT
         header = self._header(counter, nodes)
         begin = image.volume.places.header_begin_ab
@@ -328,13 +358,13 @@ class _Layout:
     def _header(self, counter: int, nodes: Mapping[int, Node]) -> MutableHeader:
         image, layout = self.image, self.layout
         key = self.keys.encryption_key(COUNTER_DOMAIN)
-        encrypted = layout.cipher.encrypt_with_iv(key, bytes(16), counter.to_bytes(16, "little"))
+        encrypted = layout.cipher.encrypt_with_iv(key, bytes(layout.cipher.block_bytes), counter.to_bytes(16, "little"))
         leaf_mac = image.header.entry_leaf_hmac
         if image.entry_leaf in nodes:
             raw = next(data for begin, data in self.writes if begin == image.entry_leaf)
             leaf_mac = entry_leaf_mac(layout, self.keys, raw)
         return MutableHeader(
-            image.header.aux_pointers,
+            self.aux_pointers,
             bytes(layout.root_hash.digest_bytes),
             encrypted,
             leaf_mac,
@@ -502,6 +532,14 @@ def plan_commit(image: Image, changes: Mapping[int, Change], random: Random, *, 
         IntegrityError: ``cocoonfs-authentication``.
         FormatError: ``cocoonfs-format``.
     """
+    wish = image.aux.to_move() if AUX_CHANGE not in changes else None
+    if wish is not None:
+        try:
+            moved = {AUX_CHANGE: Change(wish.pack()), **changes}
+            return _planned(image, moved, random, frugal=False, trim=trim)
+        except StateError as error:
+            if error.code != "cocoonfs-full":
+                raise
     try:
         return _planned(image, changes, random, frugal=False, trim=trim)
     except StateError as error:

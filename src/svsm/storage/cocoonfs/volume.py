@@ -8,7 +8,6 @@ which. Before that point an error leaves the volume as it was.
 
 from __future__ import annotations
 
-import enum
 import os
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,46 +15,30 @@ from types import TracebackType
 from svsm.abi.block import BlockDevice
 from svsm.formats.errors import FormatError, StateError
 from svsm.storage.cocoonfs import pending
-from svsm.storage.cocoonfs.blockio import BlockIo
+from svsm.storage.cocoonfs.aux import NO_METADATA, AuxMetadata
 from svsm.storage.cocoonfs.commit import PreparedCommit, Transaction
-from svsm.storage.cocoonfs.creation import backup_offset
 from svsm.storage.cocoonfs.decision import Decide, Decision, FoundJournal, always_yes
 from svsm.storage.cocoonfs.entities import Random
-from svsm.storage.cocoonfs.geometry import FixedPlaces
-from svsm.storage.cocoonfs.image import Image, VolumeContext, open_image
+from svsm.storage.cocoonfs.expected import ANYTHING, Expected
+from svsm.storage.cocoonfs.headers import CreationInfo, find_header, read_static_header
+from svsm.storage.cocoonfs.image import Image, open_image
 from svsm.storage.cocoonfs.index import iterate
 from svsm.storage.cocoonfs.journal import is_active
-from svsm.storage.cocoonfs.keys import Keys
 from svsm.storage.cocoonfs.layout import (
-    CREATION_MAGIC,
     DEFAULT_LAYOUT,
     FIRST_USER_INODE,
-    MAGIC,
     ImageLayout,
     StaticHeader,
 )
-from svsm.storage.cocoonfs.mkfs import format_volume
+from svsm.storage.cocoonfs.mkfs import plan_format
+from svsm.storage.cocoonfs.provisioning import check_salt, context_of, create_announced, drop_stale_backup
 from svsm.storage.cocoonfs.replay import ReplayPlan, plan_replay
 from svsm.storage.cocoonfs.transaction import Change, CommitPlan, plan_commit
 
 __all__ = [
     "FileInfo",
-    "Probe",
     "Volume",
-    "probe",
-    "read_static_header",
 ]
-
-_MAX_SALT = 255
-_PIECE = 128  # what is never torn, see abi/block.py
-
-
-class Probe(enum.Enum):
-    """What a device seems to hold, by its magic numbers alone."""
-
-    BLANK = "blank"
-    COCOONFS = "cocoonfs"
-    CREATION_INFO = "creation-info"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,58 +47,6 @@ class FileInfo:
 
     inode: int
     flags: int
-
-
-def _read_start(device: BlockDevice, offset: int, length: int) -> bytes:
-    block = device.block_size_bytes
-    begin = offset // block * block
-    end = min(-(-(offset + length) // block) * block, device.size_bytes)
-    return device.read([(begin, end - begin)])[0][offset - begin :] if end > begin else b""
-
-
-def probe(device: BlockDevice) -> Probe:
-    """What kind of volume the magic numbers on a device announce; nothing is verified.
-
-    A creation-info header is also looked for in its backup place, so that an interrupted creation is not blank. The
-    last write of our own creation, torn, is: the header's first piece is there and another that a finished header
-    fills is all zero (`Volume.open` refuses it all the same).
-    """
-    head = _read_start(device, 0, 8)[:8]
-    if head == MAGIC:
-        return Probe.BLANK if _is_torn_creation(device) else Probe.COCOONFS
-    backup = backup_offset(device.size_bytes)
-    if head == CREATION_MAGIC or (backup is not None and _read_start(device, backup, 8)[:8] == CREATION_MAGIC):
-        return Probe.CREATION_INFO
-    return Probe.BLANK
-
-
-def _is_torn_creation(device: BlockDevice) -> bool:
-    try:
-        measured = StaticHeader.measure(_read_start(device, 0, _PIECE)[:_PIECE])
-    except FormatError:
-        return False
-    # Every piece that ends at a power of two carries a marker, which is never zero. (A salt of more than 72 bytes
-    # reaches into pieces that this cannot judge; such a torn header is refused like any damaged one.)
-    data = _read_start(device, 0, measured.layout.io_bytes)
-    ends = (_PIECE << log2 for log2 in range(1, len(data).bit_length()))
-    return any(not any(data[end - _PIECE : end]) for end in ends if end <= measured.layout.io_bytes)
-
-
-def read_static_header(device: BlockDevice) -> StaticHeader:
-    """Configuration and salt from the header in clear text; needs no key and proves nothing.
-
-    Raises:
-        FormatError: ``cocoonfs-no-magic``, ``cocoonfs-header``, ``cocoonfs-truncated``, ``cocoonfs-unsupported-…``.
-    """
-    header = StaticHeader.measure(_read_start(device, 0, 128)[:128])
-    if header.size_bytes > device.size_bytes:
-        raise FormatError("the disk is shorter than its header", code="cocoonfs-truncated", got=device.size_bytes)
-    return header.parse_contents(_read_start(device, 0, header.size_bytes)[: header.size_bytes])
-
-
-def _context(device: BlockDevice, key: bytes, static: StaticHeader) -> VolumeContext:
-    io = BlockIo(device, static.layout)
-    return VolumeContext(static, static.layout, FixedPlaces.of(static), Keys(key, static), io)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +68,15 @@ class Volume:
         self._head_is_clean = head_is_clean
         self._failed = False
         self._pending: PreparedCommit | None = None
+        if not (options.read_only or image.volume.io.device.read_only):
+            self._settle_aux()
+
+    def _settle_aux(self) -> None:
+        """Mend what an interrupted change of auxiliary metadata without the key left; its contents stay."""
+        try:
+            self._image.aux.settle(self._image.volume.io)
+        except FormatError:
+            return  # both copies are damaged; `aux` says so, and the files are not concerned
 
     @classmethod
     def open(
@@ -148,6 +88,9 @@ class Volume:
         decide: Decide = always_yes,
         trim: bool = False,
         read_only: bool = False,
+        expected: Expected = ANYTHING,
+        first_use: bool = False,
+        allow_weak: bool = False,
     ) -> Volume:
         """Open a volume; a pending commit is decided first.
 
@@ -159,23 +102,34 @@ class Volume:
                 `Decision.UNKNOWN` the volume shows the old state, and takes no commit before `decide_again`.
             trim: Whether the device may give up blocks that are free. The host then sees which ones are.
             read_only: Write nothing. A pending commit that is decided with yes is shown as carried out, in memory.
+            expected: What the volume has to be; see `Expected`.
+            first_use: Whether a volume that is only announced is made now (see `provisioning`); without it, refused.
+            allow_weak: Whether the volume may use SHA-1 or TDES.
 
         Raises:
             IntegrityError: ``cocoonfs-authentication``: wrong key or changed contents; nothing was written.
                 ``cocoonfs-decided-other``: the state after the commit is not the one that was decided on.
             FormatError: ``cocoonfs-no-magic``, ``cocoonfs-creation-info``, ``cocoonfs-header``, ``cocoonfs-truncated``,
                 ``cocoonfs-unsupported-…``, ``cocoonfs-format``.
+            PolicyError: ``cocoonfs-unexpected``, ``cocoonfs-weak``; nothing was written.
             StateError: ``cocoonfs-journal-pending`` on a read-only device (without `read_only`);
                 ``cocoonfs-half-applied``: the old state is wanted, and gone.
             BackendError: ``block-io``.
         """
-        if probe(device) is Probe.CREATION_INFO:
-            raise FormatError(
-                "this volume was announced, but not created yet",
-                code="cocoonfs-creation-info",
-                hint="create it with the program that wrote the announcement",
-            )
-        context = _context(device, key, read_static_header(device))
+        header = find_header(device)
+        if isinstance(header, CreationInfo):
+            if not first_use:
+                raise FormatError(
+                    "this volume was announced, but not created yet",
+                    code="cocoonfs-creation-info",
+                    hint="nothing is on it yet; whoever has its key can create it by opening it for its first use",
+                )
+            create_announced(device, key, header, expected=expected, allow_weak=allow_weak, random=random)
+            header = read_static_header(device)
+        expected.check_header(header.layout, header.salt)
+        if not allow_weak:
+            header.layout.refuse_weak()
+        context = context_of(device, key, header, expected)
         head = context.io.read(context.places.journal_head)
         journal = is_active(context.layout, head)
         options = _Options(random, decide, trim, read_only)
@@ -210,6 +164,8 @@ class Volume:
         salt: bytes,
         size_bytes: int | None = None,
         layout: ImageLayout = DEFAULT_LAYOUT,
+        aux: AuxMetadata = NO_METADATA,
+        allow_weak: bool = False,
         random: Random = os.urandom,
         trim: bool = False,
     ) -> Volume:
@@ -221,22 +177,29 @@ class Volume:
             salt: At most 255 bytes, stored in clear; makes the keys differ between volumes of one key.
             size_bytes: How much of the device to use; all of it by default.
             layout: The configuration.
+            aux: Auxiliary metadata, and what to reserve for it.
+            allow_weak: Whether SHA-1 and TDES may be used.
             random: Source of randomness.
             trim: As for `open`.
 
         Raises:
-            FormatError: ``cocoonfs-too-small``, ``cocoonfs-salt``, ``cocoonfs-device-blocks``.
+            FormatError: ``cocoonfs-too-small``, ``cocoonfs-salt``, ``cocoonfs-device-blocks``, ``cocoonfs-layout``,
+                ``cocoonfs-unsupported-…``.
+            PolicyError: ``cocoonfs-weak``.
             BackendError: ``block-io``.
         """
-        if len(salt) > _MAX_SALT:
-            raise FormatError("the salt is longer than 255 bytes", code="cocoonfs-salt", got=len(salt))
+        check_salt(salt)
         layout.validate()
+        if not allow_weak:
+            layout.refuse_weak()
         size = device.size_bytes if size_bytes is None else size_bytes
         if size > device.size_bytes:
             raise FormatError("the device is smaller than that", code="cocoonfs-too-small", got=device.size_bytes)
-        volume = _context(device, key, StaticHeader(layout, salt))
-        format_volume(volume, size_bytes=size, random=random)
-        return cls.open(device, key, random=random, trim=trim)
+        volume = context_of(device, key, StaticHeader(layout, salt))
+        plan = plan_format(volume, size_bytes=size, metadata=aux, random=random)
+        drop_stale_backup(device, volume.io)
+        plan.write()
+        return cls.open(device, key, allow_weak=allow_weak, random=random, trim=trim)
 
     @property
     def counter(self) -> int:
@@ -262,6 +225,21 @@ class Volume:
     def layout(self) -> ImageLayout:
         """The configuration."""
         return self._image.volume.layout
+
+    @property
+    def salt(self) -> bytes:
+        """The salt."""
+        return self._image.volume.static.salt
+
+    @property
+    def aux(self) -> AuxMetadata:
+        """Auxiliary metadata. Not authenticated: anybody with the disk may have written it.
+
+        Raises:
+            FormatError: ``cocoonfs-aux``.
+            BackendError: ``block-io``.
+        """
+        return self._usable().aux.read()
 
     @property
     def failed(self) -> bool:
