@@ -265,6 +265,8 @@ def test_a_signal_to_the_whole_process_group_is_an_orderly_stop(owner: Estate, n
         ("--tpm-tcp", "65535"),
         ("--landlock-abi", "-1"),
         ("--disk", "nvme:x"),
+        ("--disk", "vhost-user"),
+        ("--disk", "qemu-nvme:"),
         ("--broker", "http://x"),
     ],
 )
