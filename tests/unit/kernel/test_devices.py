@@ -7,18 +7,23 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from svsm.abi.errors import BackendError, FormatError, ProtocolError, SvsmError
+from svsm.abi.platform import Gpa
 from svsm.formats.boot_devices import BootDevice, BootDevices, PciHost, SerialPort, VirtioMmio
+from svsm.formats.settings import Settings
 from svsm.formats.snp import ghcb
 from svsm.formats.snp.hardware_messages import Message
 from svsm.host.devices.uart16550 import UartModel
 from svsm.host.hypervisor import Hypervisor
+from svsm.kernel.boot import Kernel
 from svsm.kernel.channels.virtio_line import LinePolicy, line_memory_bytes
+from svsm.kernel.console import Console
 from svsm.kernel.devices import (
     CHANNEL_MEMORY_BYTES,
     DISK_MEMORY_BYTES,
@@ -30,6 +35,7 @@ from svsm.kernel.devices import (
     read_devices,
 )
 from svsm.kernel.simulated_platform import WINDOW_BYTES
+from svsm.launch.build import build_image
 from svsm.storage.drivers.nvme import disk as nvme
 from svsm.storage.drivers.virtio import blk
 from svsm.testing.machine_harness import running_machine
@@ -286,3 +292,43 @@ def test_a_virtio_window_with_another_device_is_no_disk() -> None:
     with running_machine(host=OtherVirtio) as machine, pytest.raises(ProtocolError) as refused:
         open_disk(machine.platform, dataclasses.replace(_VIRTIO))
     assert refused.value.code.startswith("virtio-")
+
+
+# ---- the kernel itself ----------------------------------------------------------------------------------------------
+
+
+class Watched(Hypervisor):
+    """Notes every access to a device."""
+
+    accesses: ClassVar[list[int]] = []
+
+    def _exit(self, message: Message) -> Message | None:
+        if message.arguments[0] in (ghcb.ExitCode.IOIO, ghcb.ExitCode.MMIO_READ, ghcb.ExitCode.MMIO_WRITE):
+            self.accesses.append(message.arguments[1])
+        return super()._exit(message)
+
+
+@pytest.mark.parametrize(
+    ("tree", "code"),
+    [
+        (b"", "fdt-header"),
+        (area(_VIRTIO, disk=_VIRTIO)[:100], "fdt-name"),
+        (area(VirtioMmio(0x0800_0000), disk=VirtioMmio(0x0800_0000)), "device-place"),  # the payload
+        (area(VirtioMmio(0x4000_0000), disk=VirtioMmio(0x4000_0000)), "device-place"),  # the guest
+        (area(_VIRTIO, _PCI, VirtioMmio(0xE000_0000), disk=_VIRTIO), "device-overlap"),
+        (area(_COM3, disk=_COM3, key_channel=_COM3), "device-chosen-twice"),
+        (area(_PCI, key_channel=_PCI), "device-kind"),
+    ],
+    ids=["nothing", "half", "payload", "guest", "overlap", "twice", "kind"],
+)
+def test_a_kernel_whose_loader_lies_stops_before_it_touches_a_device(tree: bytes, code: str) -> None:
+    Watched.accesses.clear()
+    settings = Settings(b"a broker's key").pack()
+    image = build_image(loader=b"#", archive=b"archive", settings=settings)
+    with running_machine(image, device_tree=tree, host=Watched) as machine:
+        kernel = Kernel(machine.platform, Console(None), archive=-1)
+        at = {name: Gpa(machine.start.registers[name]) for name in ("rsi", "rdi", "r9")}
+        with pytest.raises(SvsmError) as refused:
+            kernel.boot(settings_gpa=at["rsi"], configuration_gpa=at["rdi"], device_tree_gpa=at["r9"])
+        assert refused.value.code == code
+    assert not Watched.accesses
