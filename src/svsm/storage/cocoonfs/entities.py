@@ -36,6 +36,7 @@ __all__ = [
     "encrypt_block",
     "encrypt_extents",
     "extents_bytes_needed",
+    "strip_padding",
 ]
 
 Crypt = Callable[[Buffer], bytes]
@@ -76,7 +77,12 @@ def encrypt_block(encrypt: Crypt, payload: bytes, block_bytes: int, random: Rand
     return sealed if not pad else sealed[:_IV] + random(pad) + sealed[_IV:]
 
 
-def _strip_padding(plaintext: bytes, what: str) -> bytes:
+def strip_padding(plaintext: bytes, what: str) -> bytes:
+    """A plaintext without its padding, or what its last few bytes are without it.
+
+    Raises:
+        FormatError: ``cocoonfs-format``.
+    """
     stripped = plaintext.rstrip(b"\0")
     if not stripped:
         raise _padding_is_wrong(what)
@@ -102,7 +108,7 @@ def decrypt_extents(decrypt: Crypt, extents: Sequence[bytes]) -> bytes:
     Raises:
         FormatError: ``cocoonfs-format``.
     """
-    return _strip_padding(decrypt(extents[0] if len(extents) == 1 else b"".join(extents)), "file")
+    return strip_padding(decrypt(extents[0] if len(extents) == 1 else b"".join(extents)), "file")
 
 
 def encrypt_extents(encrypt: Crypt, data: bytes, total_bytes: int, random: Random) -> bytes:
@@ -230,7 +236,7 @@ class Chain:
             plain, iv, tag = self._open(decrypt, data, iv, tag, first=first)
             pointer = decode_extent_pointer(plain[:8], limit_ab=limit_ab)
             if pointer is None:
-                payload += _strip_padding(plain, self.what)[8:]
+                payload += strip_padding(plain, self.what)[8:]
                 following = None
                 continue
             if pointer[1]:

@@ -518,7 +518,14 @@ def _copies(targets: list[int], stagings: list[int]) -> tuple[Copy, ...]:
     return tuple(copies)
 
 
-def plan_commit(image: Image, changes: Mapping[int, Change], random: Random, *, trim: bool = False) -> CommitPlan:
+def plan_commit(
+    image: Image,
+    changes: Mapping[int, Change],
+    random: Random,
+    *,
+    trim: bool = False,
+    release: Sequence[Extent] = (),
+) -> CommitPlan:
     """Lay out a commit in memory.
 
     Args:
@@ -526,6 +533,7 @@ def plan_commit(image: Image, changes: Mapping[int, Change], random: Random, *, 
         changes: By inode.
         random: Source of IVs, padding and one-time keys.
         trim: Whether what becomes free is discarded.
+        release: Extents that become free besides.
 
     Raises:
         StateError: ``cocoonfs-full``.
@@ -536,21 +544,24 @@ def plan_commit(image: Image, changes: Mapping[int, Change], random: Random, *, 
     if wish is not None:
         try:
             moved = {AUX_CHANGE: Change(wish.pack()), **changes}
-            return _planned(image, moved, random, frugal=False, trim=trim)
+            return _planned(image, moved, random, frugal=False, trim=trim, release=release)
         except StateError as error:
             if error.code != "cocoonfs-full":
                 raise
     try:
-        return _planned(image, changes, random, frugal=False, trim=trim)
+        return _planned(image, changes, random, frugal=False, trim=trim, release=release)
     except StateError as error:
         if error.code != "cocoonfs-full":
             raise
     # Nearly full: the same again, in the smallest holes there are.
-    return _planned(image, changes, random, frugal=True, trim=trim)
+    return _planned(image, changes, random, frugal=True, trim=trim, release=release)
 
 
-def _planned(image: Image, changes: Mapping[int, Change], random: Random, *, frugal: bool, trim: bool) -> CommitPlan:
+def _planned(
+    image: Image, changes: Mapping[int, Change], random: Random, *, frugal: bool, trim: bool, release: Sequence[Extent]
+) -> CommitPlan:
     layout = _Layout(image, random, frugal=frugal, trim=trim)
+    layout.freed += release
     # Removals first: they only free, so what they need of the index is not in the way of what comes.
     for inode, change in sorted(changes.items(), key=lambda item: (item[1].data is not None, item[0])):
         layout.change(inode, change)

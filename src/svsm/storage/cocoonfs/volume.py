@@ -9,6 +9,7 @@ which. Before that point an error leaves the volume as it was.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -18,6 +19,7 @@ from svsm.storage.cocoonfs import pending
 from svsm.storage.cocoonfs.aux import NO_METADATA, AuxMetadata
 from svsm.storage.cocoonfs.commit import PreparedCommit, Transaction
 from svsm.storage.cocoonfs.decision import Decide, Decision, FoundJournal, always_yes
+from svsm.storage.cocoonfs.encoding import Extent
 from svsm.storage.cocoonfs.entities import Random
 from svsm.storage.cocoonfs.expected import ANYTHING, Expected
 from svsm.storage.cocoonfs.headers import CreationInfo, find_header, read_static_header
@@ -242,6 +244,11 @@ class Volume:
         return self._usable().aux.read()
 
     @property
+    def image(self) -> Image:
+        """What is behind it, for the other modules of this package."""
+        return self._usable()
+
+    @property
     def failed(self) -> bool:
         """Whether the volume must be opened again."""
         return self._failed
@@ -329,8 +336,12 @@ class Volume:
             raise StateError("the device is read-only", code="block-read-only")
         return image
 
-    def prepare(self, changes: dict[int, Change]) -> PreparedCommit:
-        """Make a journal durable that leads to these changes, by inode. For `Transaction` and `CommitGroup`.
+    def prepare(self, changes: dict[int, Change], *, release: Sequence[Extent] = ()) -> PreparedCommit:
+        """Make a journal durable that leads to these changes, by inode. For `Transaction`, `CommitGroup` and `repair`.
+
+        Args:
+            changes: By inode.
+            release: Extents that the bitmap says are in use, and nothing uses: they become free.
 
         Raises:
             StateError: ``cocoonfs-full``, ``cocoonfs-no-such-file``, ``cocoonfs-commit-pending``,
@@ -348,7 +359,7 @@ class Volume:
         for inode, change in changes.items():
             if change.data is None and image.find(inode) is None:
                 raise StateError("there is no such file in the volume", code="cocoonfs-no-such-file", inode=inode)
-        plan = plan_commit(image, changes, self._options.random, trim=self._options.trim)
+        plan = plan_commit(image, changes, self._options.random, trim=self._options.trim, release=release)
         io, head = image.volume.io, image.volume.places.journal_head[0]
         if not self._head_is_clean:
             with self._final():

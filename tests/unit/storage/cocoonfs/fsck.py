@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """What a test can know about a volume beyond its files: every block is accounted for exactly once, the index obeys its
-fill rules, and the tree agrees with the disk everywhere."""
+fill rules, and the tree agrees with the disk everywhere. Written apart from `svsm.storage.cocoonfs.check`, which has to
+come to the same result."""
 
 from __future__ import annotations
 
 from svsm.storage.cocoonfs import Volume
+from svsm.storage.cocoonfs.check import CheckReport, check_image
 from svsm.storage.cocoonfs.encoding import Extent
 from svsm.storage.cocoonfs.image import Image, preauth_chain
 from svsm.storage.cocoonfs.index import Entry, Internal, Leaf, pointer_extent
@@ -57,7 +59,7 @@ def _special_list(image: Image, entry: Entry) -> list[Extent]:
 
 
 def check(volume: Volume) -> None:
-    """Assert all of it."""
+    """Assert all of it, and that the library's check finds nothing either."""
     image = image_of(volume)
     extents, leaves = _index(image)
     extents += [*image.uncounted(), *image.bitmap_extents]
@@ -76,3 +78,6 @@ def check(volume: Volume) -> None:
     geometry = image.tree.geometry
     for _, (begin, length) in geometry.runs(0, geometry.data_blocks):
         image.read_checked(begin, begin + length)
+    report = check_image(image, CheckReport())
+    assert report.findings == []
+    assert report.files == sum(entry.inode >= 16 for leaf in leaves for entry in leaf.entries)
