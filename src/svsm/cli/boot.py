@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from svsm.cli.supervisor.disk import Disk, DiskKind
+    from svsm.host.devices.key_channel import KeyChannel
 
 __all__ = ["configure"]
 
@@ -33,6 +34,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "(default: an 8 MiB file in the state)",
     )
     parser.add_argument(
+        "--channel",
+        type=_channel,
+        metavar="KIND",
+        help="what the key comes over: stream, uart16550, virtio-console or vsock (default: stream; with QEMU's disks "
+        "always its COM3)",
+    )
+    parser.add_argument(
         "--tpm-tcp", type=_port, metavar="PORT", help="serve the TPM on loopback too: data on PORT, control on PORT+1"
     )
     parser.add_argument(
@@ -50,14 +58,21 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     from svsm.cli.supervisor.progress import Progress
     from svsm.cli.supervisor.session import Options, Session
     from svsm.cli.supervisor.state import default_directory
+    from svsm.host.devices.key_channel import KeyChannel
 
+    disk = arguments.disk or DiskKind.FILE
+    kind = disk if isinstance(disk, DiskKind) else disk.kind
+    channel = arguments.channel or KeyChannel.STREAM
+    if channel is not KeyChannel.STREAM and kind is not DiskKind.FILE:
+        parser.error(f"--channel {channel} is a device beside the disk of our own: it goes with --disk file:PATH only")
     options = Options(
         state=(arguments.state or default_directory()).absolute(),
         image=arguments.image,
         broker=arguments.broker,
         broker_key=arguments.broker_key,
         serial=arguments.serial,
-        disk=arguments.disk or DiskKind.FILE,
+        disk=disk,
+        channel=channel,
         tcp_port=arguments.tpm_tcp,
         landlock_cap=arguments.landlock_abi,
         debug=arguments.debug,
@@ -77,6 +92,15 @@ def _abi(text: str) -> int:
     if not 0 <= version <= _LAST_ABI:
         raise argparse.ArgumentTypeError(f"{text} is no Landlock ABI")
     return version
+
+
+def _channel(text: str) -> KeyChannel:
+    from svsm.host.devices.key_channel import KeyChannel
+
+    try:
+        return KeyChannel(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no channel: stream, uart16550, virtio-console or vsock") from None
 
 
 def _disk(text: str) -> Disk | DiskKind:

@@ -296,6 +296,10 @@ class RegisterOperation(enum.IntEnum):
     """To the device: not answered; messages stay in order."""
     INTERRUPT = 3
     """From the device, at any time."""
+    READ_PORT = 4
+    """As READ; `offset` is an I/O port, and a byte is read."""
+    WRITE_PORT = 5
+    """As WRITE; `offset` is an I/O port, and a byte is written."""
 
 
 @record(size=16, byte_order="little")
@@ -304,7 +308,7 @@ class RegisterMessage(Record):
 
     operation: U32  # RegisterOperation
     sequence: U32  # of the READ that this answers
-    offset: U32  # bytes into the window
+    offset: U32  # bytes into the window, or an I/O port
     value: U32
 
 

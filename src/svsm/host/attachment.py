@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """Which devices behind registers a machine has: the way there for the hypervisor, and what the kernel is told of them.
 
-device process   one virtio-mmio window                                         `svsm.host.mmio_relay`
+device process   one virtio-mmio window, and where the key comes over one of    `svsm.host.mmio_relay`
+                 our models a second one, or COM3
 QEMU microvm     one virtio-mmio window; COM3, chosen as the key's channel      `svsm.host.qtest_relay`
 QEMU q35         PCI bus 0 by its configuration ports, and a window for its     `svsm.host.qtest_relay`
                  functions' registers; COM3, chosen as the key's channel
@@ -16,6 +17,8 @@ from typing import Final, Protocol
 
 from svsm.formats.boot_devices import BootDevice, BootDevices, PciHost, SerialPort, VirtioMmio
 from svsm.formats.snp.hardware_messages import Message
+from svsm.formats.virtio import MMIO_WINDOW_BYTES
+from svsm.host.devices.key_channel import COM3_PORTS, KeyChannel
 from svsm.host.mmio_relay import MmioRelay
 from svsm.host.qemu_command import COM_PORTS, NVME_INTERRUPT, PCI_WINDOW, VIRTIO_SLOT_BYTES, MachineKind, virtio_slot
 from svsm.host.qtest_relay import QtestRelay
@@ -54,16 +57,25 @@ class Attachment:
     devices: BootDevices
 
 
-def attach_process(channel: socket.socket, shared: int) -> Attachment:
-    """A virtio disk that a device process plays.
+def attach_process(channel: socket.socket, shared: int, *, key_channel: KeyChannel = KeyChannel.STREAM) -> Attachment:
+    """A virtio disk that a device process plays, and the key's device.
 
     Args:
         channel: SOCK_SEQPACKET to it; owned.
         shared: The shared memfd; stays the caller's.
+        key_channel: What the process plays beside the disk.
     """
-    relay = MmioRelay(channel, shared)
+    serial = key_channel is KeyChannel.UART16550
+    virtio = not serial and key_channel is not KeyChannel.STREAM
+    relay = MmioRelay(channel, shared, windows=1 + virtio, ports=COM3_PORTS if serial else range(0))
     disk = VirtioMmio(relay.gpa)
-    return Attachment(relay, BootDevices((disk,), disk=disk))
+    key: BootDevice | None = None
+    if serial:
+        key = SerialPort(COM3_PORTS.start)
+    elif virtio:
+        key = VirtioMmio(relay.gpa + MMIO_WINDOW_BYTES)
+    devices = (disk,) if key is None else (disk, key)
+    return Attachment(relay, BootDevices(devices, disk=disk, key_channel=key))
 
 
 def attach_qemu(kind: MachineKind, channel: socket.socket, shared: int) -> Attachment:

@@ -27,6 +27,7 @@ from svsm.cli.supervisor.sockets import connect_serial
 from svsm.confine import PathRule, enter
 from svsm.confine.identity import role_uid
 from svsm.confine.lists import Role
+from svsm.host.devices.key_channel import KeyChannel
 
 if TYPE_CHECKING:
     from svsm.broker.service import Broker
@@ -282,6 +283,8 @@ class HostDevices:
     """Listening: who connects makes the guest do SVSM calls."""
     registers: socket.socket | None = None
     """The channel to the device role."""
+    channel: KeyChannel = KeyChannel.STREAM
+    """What the key comes over; QEMU's is always its COM3."""
 
     @property
     def sockets(self) -> list[socket.socket]:
@@ -347,7 +350,9 @@ def _attachment(devices: HostDevices, shared: int) -> Attachment | None:
     if devices.registers is None:
         return None
     kind = QEMU_KINDS.get(devices.disk.kind)
-    return attach_process(devices.registers, shared) if kind is None else attach_qemu(kind, devices.registers, shared)
+    if kind is not None:
+        return attach_qemu(kind, devices.registers, shared)
+    return attach_process(devices.registers, shared, key_channel=devices.channel)
 
 
 def _offers(devices: HostDevices, attachment: Attachment | None) -> list[DeviceOffer]:

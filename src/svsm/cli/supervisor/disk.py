@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import fcntl
+import functools
 import mmap
 import os
 import socket
@@ -24,11 +25,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from svsm.cli.supervisor.roles import Emit
-from svsm.cli.supervisor.sockets import connect
+from svsm.cli.supervisor.sockets import connect, connect_serial
 from svsm.confine import enter
 from svsm.confine.identity import role_uid
 from svsm.confine.lists import Role
 from svsm.formats.errors import BackendError, StateError
+from svsm.host.devices.key_channel import KeyChannel
 
 __all__ = ["Disk", "DiskKind", "device_body", "front_body", "open_exclusive"]
 
@@ -98,20 +100,29 @@ class Disk:
 
 
 def device_body(
-    disk: Disk, registers: socket.socket, shared: int, *, landlock_cap: int | None
+    disk: Disk, registers: socket.socket, shared: int, *, key: tuple[KeyChannel, Path], landlock_cap: int | None
 ) -> Callable[[Emit, int], None]:
-    """The process that plays the disk. `shared` is closed once it is mapped."""
+    """The process that plays the disk, and the key's device. `shared` is closed once it is mapped.
+
+    Args:
+        key: What the key comes over, and the proxy's socket, which is connected to before confinement.
+    """
 
     def body(emit: Emit, supervisor: int) -> None:
         from svsm.formats.snp.ghcb import DEVICE_MEMORY_GPA
+        from svsm.host.devices.key_channel import KeyDevice
         from svsm.host.devices.virtio_process import serve
 
         descriptor = open_exclusive(disk)
+        kind, path = key
+        make = None
+        if kind is not KeyChannel.STREAM:
+            make = functools.partial(KeyDevice, kind, socket.socket(fileno=connect_serial(path)))
         memory = _device_memory(shared)
         os.close(shared)
         isolation = enter(Role.DEVICE, uid=role_uid(Role.DEVICE), parent=supervisor, landlock_cap=landlock_cap)
         emit("device", isolation=isolation.as_json())
-        serve(registers, memory, address=DEVICE_MEMORY_GPA, disk=descriptor)
+        serve(registers, memory, address=DEVICE_MEMORY_GPA, disk=descriptor, key=make)
 
     return body
 

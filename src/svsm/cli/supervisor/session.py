@@ -31,6 +31,7 @@ from svsm.cli.supervisor.state import StateDirectory
 from svsm.cli.supervisor.watch import Watch
 from svsm.formats.errors import IntegrityError, StateError
 from svsm.formats.launch_configuration import LaunchConfiguration, TpmConfiguration, TpmFront
+from svsm.host.devices.key_channel import KeyChannel
 from svsm.host.qemu_command import find_qemu
 
 __all__ = ["Options", "Session"]
@@ -53,6 +54,8 @@ class Options:
     serial: Path | None = None
     disk: Disk | DiskKind = DiskKind.FILE
     """A disk somewhere, or how the state's own file is served."""
+    channel: KeyChannel = KeyChannel.STREAM
+    """What the key comes over, where the disk is a file of the device role's."""
     tcp_port: int | None = None
     landlock_cap: int | None = None
     debug: bool = False
@@ -126,7 +129,8 @@ class Session:
             disk = self._options.disk
             if not isinstance(disk, Disk):
                 disk = Disk(state.folder("host") / "disk.img", disk, create_bytes=_DISK_BYTES)
-            devices = HostDevices(serial=serial, disk=disk, fronts=fronts, guest_driver=driver)
+            channel = self._options.channel
+            devices = HostDevices(serial=serial, disk=disk, fronts=fronts, guest_driver=driver, channel=channel)
             self._start_machine(state, image, configuration, devices, qemu)
             chip_digest = str(self._watch.await_event("host-launched")["digest"])
             if chip_digest != image.launch_digest:
@@ -350,7 +354,8 @@ class Session:
         elif disk.kind is DiskKind.VHOST_USER:
             body = front_body(disk, channel, shared, landlock_cap=cap)
         else:
-            body = device_body(disk, channel, shared, landlock_cap=cap)
+            key = (devices.channel, devices.serial)
+            body = device_body(disk, channel, shared, key=key, landlock_cap=cap)
         self._watch.start("device", body, keep, messages=messages)
 
     def _kernel_steps(self) -> None:

@@ -47,7 +47,7 @@ class UartModel:
 
     Args:
         peer: Who is at the far end.
-        interrupt: Raises the interrupt line; called while there is a reason for it.
+        interrupt: Raises the interrupt line; called when there is a reason for it and was none.
     """
 
     def __init__(self, peer: Peer, *, interrupt: Callable[[], None] = lambda: None) -> None:
@@ -60,6 +60,7 @@ class UartModel:
         self._fifo = False
         self._trigger = 1
         self._gone = False
+        self._line = False
 
     def service(self) -> None:
         """Move what can be moved, and raise the line where the driver asked for it."""
@@ -71,8 +72,10 @@ class UartModel:
             if data == b"":
                 self._gone = True  # a serial line has no way to say so
             self._received.extend(data or b"")
-        if self._reason() != _IDENTITY_NONE:
+        line = self._reason() != _IDENTITY_NONE
+        if line and not self._line:
             self._interrupt()
+        self._line = line
 
     def _reason(self) -> int:
         enabled = self._kept[_Register.INTERRUPT_ENABLE]
