@@ -2,7 +2,7 @@
 """The hostile back-end on a socket, against front-ends: this project's, QEMU with SeaBIOS, a trusting one in C.
 
 What docs/hostile.md says of each is what the long runs here see: ours never crashes, never hangs and never calls a
-wrong byte good; QEMU never crashes and never stops answering its monitor.
+wrong byte good; QEMU never crashes, and stops answering its monitor only where it is not answered.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ pytestmark = pytest.mark.interop
 
 _BENCH = Path(__file__).resolve().parents[3] / "shared" / "peers" / "vhost_user_bench.c"
 _OURS = (sys.executable, "-m", "svsm.testing.hostile.own_front_end", "{socket}")
-_QEMU = (sys.executable, "-m", "svsm.testing.hostile.qemu_front_end", "{socket}", "4")
+_QEMU = (sys.executable, "-m", "svsm.testing.hostile.qemu_front_end", "{socket}", "8")
+
+_UNANSWERED = ("does not answer", "answers half")
 
 
 @pytest.fixture
@@ -97,13 +99,15 @@ def test_qemu_boots_from_it(path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_qemu_lives_through_all_of_them(path: Path) -> None:
     peer("qemu-system-x86_64")
     for plan in plans():
         if "split" in plan.rings:
             report = serve(plan, path, seconds=60, command=_QEMU)
-            assert report.front_end in ("exit 0", "exit 3", "exit 4"), report
+            # QEMU waits for an answer in its main loop, without a deadline (docs/UPSTREAM.md).
+            waits = any(words in plan.name for words in _UNANSWERED) and report.lies
+            assert report.front_end in (("exit 5",) if waits else ("exit 0", "exit 3", "exit 4")), report
 
 
 @pytest.fixture(scope="module")

@@ -193,6 +193,57 @@ def test_killed_in_flight(kind: str, tmp_path: Path) -> None:
         assert again.read([(0, 4096)]) == [kept]
 
 
+_BLOCKS = 1024
+
+
+def _generation(number: int) -> list[tuple[int, bytes]]:
+    """Contents of every block that no other generation has, sector by sector."""
+    return [
+        (
+            block * 4096,
+            b"".join(hashlib.shake_128(b"%d %d %d" % (number, block, part)).digest(512) for part in range(8)),
+        )
+        for block in range(_BLOCKS)
+    ]
+
+
+def _write_generation(disk: Disk, number: int) -> None:
+    extents = _generation(number)[: _BLOCKS // 2]
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        disk.write(extents)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_in_flight_again_and_again(kind: str, tmp_path: Path) -> None:
+    """What was flushed is there after each death; what was in flight is old or new, each sector for itself."""
+    image, source = tmp_path / "disk.raw", random.Random(kind)
+    image.write_bytes(bytes(_BLOCKS * 4096))
+    with bench(kind, image, deadline_seconds=10) as made:
+        disk = made.start()
+        for number in range(0, 24, 2):
+            old, new = _generation(number), _generation(number + 1)
+            disk.write(old)
+            disk.flush()
+            killer = threading.Timer(source.uniform(0.002, 0.1), made.machines[0].kill)
+            killer.start()
+            with pytest.raises(BackendError) as caught:
+                _write_generation(disk, number + 1)
+            killer.join()
+            assert caught.value.details["violation"] == "qemu-gone"
+            disk.close()
+            disk = made.start()
+            found = disk.read([(offset, 4096) for offset, _ in old])
+            for block, data in enumerate(found):
+                for at in range(0, 4096, 512):
+                    allowed = {old[block][1][at : at + 512]}
+                    if block < _BLOCKS // 2:
+                        allowed.add(new[block][1][at : at + 512])
+                    assert data[at : at + 512] in allowed
+        disk.close()
+
+
 @pytest.mark.parametrize("kind", ["virtio-split", "nvme"])
 def test_reset_and_second_life(kind: str, tmp_path: Path) -> None:
     with bench(kind, tmp_path / "disk.raw") as made:

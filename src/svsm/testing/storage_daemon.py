@@ -35,6 +35,7 @@ class StorageDaemon:
         read_only: Serve it for reading.
         direct: ``aio=native`` with O_DIRECT, for measuring; needs a file system that has it.
         nbd: Serve the same node over NBD too.
+        monitor: Have a QMP socket.
 
     Raises:
         BackendError: ``storage-daemon`` when it does not start.
@@ -42,6 +43,7 @@ class StorageDaemon:
     Attributes:
         socket: vhost-user.
         nbd_socket: NBD.
+        monitor_socket: QMP.
     """
 
     def __init__(
@@ -54,9 +56,11 @@ class StorageDaemon:
         read_only: bool = False,
         direct: bool = False,
         nbd: bool = False,
+        monitor: bool = False,
     ) -> None:
         self.socket = folder / "vu.sock"
         self.nbd_socket = folder / "nbd.sock"
+        self.monitor_socket = folder / "qmp.sock"
         writable, reading = ("off", "on") if read_only else ("on", "off")
         cache = "aio=native,cache.direct=on," if direct else ""
         common = f"discard=unmap,read-only={reading}"
@@ -68,6 +72,9 @@ class StorageDaemon:
         if nbd:
             self._command += ["--nbd-server", f"addr.type=unix,addr.path={self.nbd_socket}"]
             self._command += ["--export", f"type=nbd,id=nbd,node-name=disk,writable={writable},name=disk"]
+        if monitor:
+            self._command += ["--chardev", f"socket,id=qmp,path={self.monitor_socket},server=on,wait=off"]
+            self._command += ["--monitor", "chardev=qmp"]
         guard = shutil.which("setpriv")
         if guard is not None:
             self._command = [guard, "--pdeathsig", "KILL", *self._command]
@@ -83,6 +90,7 @@ class StorageDaemon:
         """Start it, also again after `kill`."""
         self.socket.unlink(missing_ok=True)
         self.nbd_socket.unlink(missing_ok=True)
+        self.monitor_socket.unlink(missing_ok=True)
         self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + _START_SECONDS
         while not listens(self.socket):

@@ -33,7 +33,7 @@ BOOT_SECTOR: Final = (
 ).ljust(510, b"\0") + b"\x55\xaa"
 """Real-mode code that reads a sector eight times and then writes to QEMU's isa-debug-exit."""
 _SECONDS: Final = 15.0
-_MONITOR_SECONDS: Final = 3.0
+_MONITOR_SECONDS: Final = 10.0
 _MEMORY: Final = "64M"
 
 

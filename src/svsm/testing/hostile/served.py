@@ -166,6 +166,11 @@ class _Observed(HostileBlk):
         honest = pushed == [(chain, written)] and not self.status & DeviceStatus.NEEDS_RESET
         report.lies += not honest or self._visible(ring, chain) != before
 
+    def finished(self, ring: DeviceRing) -> None:
+        """The end of a batch; whatever is done instead of the interrupt is a lie."""
+        self.report.lies += self.on_finished is not None
+        super().finished(ring)
+
     def _visible(self, ring: DeviceRing, chain: Chain) -> tuple[bytes, bytes, int]:
         """What an honest completion leaves as it is: status, a split ring's descriptors, how far that ring is ahead."""
         status = chain.parts[-1]
