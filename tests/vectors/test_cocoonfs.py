@@ -14,7 +14,18 @@ import pytest
 
 from svsm.abi.block import Range
 from svsm.formats.errors import FormatError, IntegrityError
-from svsm.storage.cocoonfs import Decision, FoundJournal, Probe, Volume, probe
+from svsm.storage.cocoonfs import (
+    AuxMetadata,
+    CreationInfo,
+    Decision,
+    Expected,
+    FoundJournal,
+    Probe,
+    Volume,
+    probe,
+    read_creation_info,
+)
+from svsm.storage.cocoonfs.offline import read_aux
 from svsm.storage.drivers.memory import MemoryDevice
 from tests.support import vectors
 
@@ -64,6 +75,25 @@ def _same_files(volume: Volume, files: dict[str, Any]) -> bool:
     return True
 
 
+def _same_aux(found: AuxMetadata, described: list[dict[str, Any]]) -> bool:
+    return [(str(e.kind), len(e.data), hashlib.sha256(e.data).hexdigest()) for e in found.entries] == [
+        (e["uuid"], e["length"], e["sha256"]) for e in described
+    ]
+
+
+def _first_use(device: MemoryDevice, key: bytes, info: CreationInfo, entry: dict[str, Any]) -> None:
+    """Make the volume that the reference program announced: with what its manifest says, and nothing else."""
+    expected = Expected(salt=bytes.fromhex(entry["salt"]), min_size_bytes=info.size_bytes)
+    volume = Volume.open(device, key, first_use=True, expected=expected)
+    for opened in (volume, Volume.open(device, key, expected=expected)):
+        assert opened.layout == info.layout
+        assert opened.aux == info.aux
+        assert opened.list() == []
+    with volume.transaction() as transaction:
+        transaction.write(16, b"first")
+    assert Volume.open(device, key).read(16) == b"first"
+
+
 def test_the_vectors_are_there() -> None:
     vectors("cocoonfs")
     assert len(_names("images")) == 60
@@ -81,13 +111,24 @@ def test_image(file: str) -> None:
         with pytest.raises(FormatError) as caught:
             Volume.open(device, key)
         assert caught.value.code == "cocoonfs-creation-info"
+        assert _same_aux(read_aux(device), entry["aux"])
     else:
         assert probe(device) is Probe.COCOONFS
+        assert _same_aux(read_aux(device), entry["aux"])
         volume = Volume.open(device, key)
+        assert _same_aux(volume.aux, entry["aux"])
         assert _same_files(volume, entry["files"])
         listed = "".join(f"{info.inode} 0x{info.flags:02x}\n" for info in volume.list())
         assert listed == entry["list_files"]
     assert bytes(device.data) == before
+    if entry["state"] == "creation-info-only":
+        info = read_creation_info(device)
+        if device.size_bytes < info.size_bytes:  # "trimmed": to be put on a disk of that size
+            with pytest.raises(FormatError) as caught:
+                Volume.open(device, key, first_use=True)
+            assert caught.value.code == "cocoonfs-too-small"
+            device = _NoDiscard(before.ljust(info.size_bytes, b"\0"), block_size_bytes=device.block_size_bytes)
+        _first_use(device, key, info, entry)
 
 
 @pytest.mark.parametrize("file", _names("images"))
@@ -114,6 +155,10 @@ def test_crash(file: str) -> None:
             Volume.open(device, key)
         assert refused.value.code == "cocoonfs-creation-info"
         assert bytes(device.data) == before
+        sides = ["old", "new"] if entry["expect"] == "same" else [entry["expect"]]
+        info = read_creation_info(device)
+        assert all(_same_aux(info.aux, scenario[side]["aux"]) for side in sides)
+        _first_use(device, key, info, scenario)
         return
     if entry["expect"] == "refuse":
         with pytest.raises(IntegrityError) as caught:
@@ -124,6 +169,7 @@ def test_crash(file: str) -> None:
     volume = Volume.open(device, key)
     sides = ["old", "new"] if entry["expect"] == "same" else [entry["expect"]]
     assert all(_same_files(volume, scenario[side]["files"]) for side in sides)
+    assert all(_same_aux(volume.aux, scenario[side]["aux"]) for side in sides)
     expected = entry["reference"]["0.1.3"].get("sha256_after_open")
     if expected is not None and not entry["file"].startswith("crash/aux-keyless"):  # torn copies: only we mend them
         assert hashlib.sha256(device.data).hexdigest() == expected
