@@ -149,8 +149,8 @@ class AuxMetadata:
     def parse(payload: Buffer) -> AuxMetadata:
         """Decode records that anybody may have written; an empty payload is no metadata.
 
-        Records out of order are put in order instead of refused: the reference program writes them so when it adds
-        one in front of two or more, and then cannot read them itself.
+        Records out of order are put in order instead of refused: version 0.1.2 of the reference program writes them so
+        when it adds one in front of two or more, and then cannot read them itself.
 
         Raises:
             FormatError: ``cocoonfs-aux``.

@@ -71,7 +71,7 @@ def test_records() -> None:
 
 
 def test_records_out_of_order_are_read() -> None:
-    """What the reference program writes, and then refuses, when it adds a record in front of two others."""
+    """What version 0.1.2 of the reference program writes, and refuses, when it adds a record in front of two."""
     parts = [kind.bytes + (1).to_bytes(4, "little") + b"x" for kind in (B, A, C)]
     assert AuxMetadata.parse(b"".join(parts) + bytes(20)) == NO_METADATA.add(A, b"x").add(B, b"x").add(C, b"x")
 
