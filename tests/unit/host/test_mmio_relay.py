@@ -22,12 +22,12 @@ READ, WRITE = ghcb.ExitCode.MMIO_READ, ghcb.ExitCode.MMIO_WRITE
 class Pair:
     """A relay and the device's end."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, windows: int = 1, ports: range = range(0)) -> None:
         ours, self.device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.device.settimeout(5)
         self.shared = os.memfd_create("shared")
         os.ftruncate(self.shared, 1 << 40)
-        self.relay = MmioRelay(ours, self.shared)
+        self.relay = MmioRelay(ours, self.shared, windows=windows, ports=ports)
 
     def close(self) -> None:
         self.device.close()
@@ -133,3 +133,80 @@ def test_a_device_that_reads_nothing_stops_nobody(pair: Pair) -> None:
     answers = [pair.relay.access(access(WRITE)) for _ in range(5000)]
     assert not failed(answers[0])
     assert failed(answers[-1])
+
+
+# ---- I/O ports, and a second window ---------------------------------------------------------------------------------
+
+PORTS = range(0x3E8, 0x3F0)
+
+
+@pytest.fixture
+def wide() -> Iterator[Pair]:
+    made = Pair(windows=2, ports=PORTS)
+    yield made
+    made.close()
+
+
+def port_access(
+    port: int, *, reading: bool, count: int = 0, rax: int = 0, width: int = 1, string: bool = False, identifier: int = 1
+) -> Message:
+    word = ghcb.IoAccess(port, width, reading=reading, string=string).pack()
+    arguments = (ghcb.ExitCode.IOIO, word, count, rax, 0, SCRATCH)
+    return Message.parse(Message(ghcb.HostMessage.EXIT, arguments, identifier=identifier).pack())
+
+
+def test_the_second_window_is_behind_the_first(wide: Pair) -> None:
+    assert wide.relay.access(access(READ, BASE + MMIO_WINDOW_BYTES + 0x70)) is None
+    assert wide.take().offset == MMIO_WINDOW_BYTES + 0x70
+    assert failed(wide.relay.access(access(READ, BASE + 2 * MMIO_WINDOW_BYTES)))
+    assert failed(wide.relay.access(access(READ, BASE + 2 * MMIO_WINDOW_BYTES - 2)))
+
+
+def test_one_byte_of_a_port_goes_by_a_register(wide: Pair) -> None:
+    answer = wide.relay.access(port_access(0x3EF, reading=False, rax=0x1A5))
+    assert answer is not None
+    assert not failed(answer)
+    message = wide.take()
+    assert (message.operation, message.offset, message.value) == (RegisterOperation.WRITE_PORT, 0x3EF, 0xA5)
+    assert wide.relay.access(port_access(0x3ED, reading=True, identifier=5)) is None
+    asked = wide.take()
+    assert (asked.operation, asked.offset) == (RegisterOperation.READ_PORT, 0x3ED)
+    wide.device.send(asked.replace(value=0xFFFF_FF61).pack())
+    (answer,), _ = wide.relay.receive()
+    assert (answer.identifier, answer.arguments[ghcb.ANSWER_RAX]) == (5, 0x61), "a byte, whatever the device says"
+
+
+def test_a_string_of_bytes_is_answered_when_it_is_whole(wide: Pair) -> None:
+    os.pwrite(wide.shared, b"hello", SCRATCH)
+    assert not failed(wide.relay.access(port_access(0x3E8, reading=False, string=True, count=5)))
+    assert bytes(wide.take().value for _ in range(5)) == b"hello"
+    assert wide.relay.access(port_access(0x3E8, reading=True, string=True, count=3, identifier=6)) is None
+    questions = [wide.take() for _ in range(3)]
+    for question, value in zip(questions[:2], b"xy", strict=True):
+        wide.device.send(question.replace(value=value).pack())
+    assert wide.relay.receive() == ([], False)
+    wide.device.send(questions[2].replace(value=ord("z")).pack())
+    (answer,), _ = wide.relay.receive()
+    assert answer.identifier == 6
+    assert os.pread(wide.shared, 3, SCRATCH) == b"xyz"
+
+
+@pytest.mark.parametrize("change", [{"port": 0x3F0}, {"port": 0x3E7}, {"width": 2}, {"string": True, "count": 0}])
+def test_ports_that_are_not_there(wide: Pair, change: dict[str, int]) -> None:
+    asked: dict[str, int] = {"port": 0x3E8, **change}
+    assert failed(wide.relay.access(port_access(reading=True, **asked)))  # type: ignore[arg-type]
+    assert failed(wide.relay.access(port_access(reading=False, **asked)))  # type: ignore[arg-type]
+
+
+def test_a_device_that_dies_in_a_string_fails_it_once(wide: Pair) -> None:
+    assert wide.relay.access(port_access(0x3E8, reading=True, string=True, count=4, identifier=7)) is None
+    wide.device.send(wide.take().pack())
+    wide.device.close()
+    answers, _ = wide.relay.receive()
+    assert [answer.identifier for answer in answers] == [7]
+    assert failed(answers[0])
+    assert failed(wide.relay.access(port_access(0x3E8, reading=False)))
+
+
+def test_no_ports_where_none_were_given(pair: Pair) -> None:
+    assert failed(pair.relay.access(port_access(0x3E8, reading=True)))
