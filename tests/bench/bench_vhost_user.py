@@ -100,7 +100,7 @@ def _ours(socket: Path, case: _Case) -> float:
     if case.sequential:
         policy = BlkPolicy(large_bytes=case.block, large_slots=case.depth, queue_size=16, spins=4000)
     else:
-        policy = BlkPolicy(queue_size=max(case.depth, 4), large_bytes=4096, large_slots=1, spins=4000)
+        policy = BlkPolicy(queue_size=max(case.depth, 4), large_bytes=4096, large_slots=1, spins=4000, early_kick=True)
     driver = open_vhost_user(str(socket), policy=policy)
     try:
         blocks = driver.size_bytes // case.block

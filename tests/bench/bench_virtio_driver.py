@@ -12,7 +12,7 @@ import os
 import time
 
 from svsm.storage.drivers.dma import DmaMemory
-from svsm.storage.drivers.virtio.blk_lane import CHAIN, Lane, LaneShape, Piece
+from svsm.storage.drivers.virtio.blk_lane import CHAIN, Lane, LaneShape
 from svsm.storage.drivers.virtio.packed import PackedQueue
 from svsm.storage.drivers.virtio.queue import QueueShape, VirtQueue
 from svsm.storage.drivers.virtio.split import SplitQueue
@@ -67,12 +67,13 @@ def _measure(*, packed: bool, indirect: bool, kind: int, batch: int) -> float:
     lane = Lane(0, queue, memory, LaneShape(_BLOCK_BYTES, 1 << 16, 1))
     device = _Device(lane, memory)
     data = os.urandom(_BLOCK_BYTES) if kind == _WRITE else b""
-    pieces: list[Piece] = [(8 * index, _BLOCK_BYTES, data) for index in range(batch)]
+    offsets = [_BLOCK_BYTES * index for index in range(batch)]
+    reads, writes = [(offset, _BLOCK_BYTES) for offset in offsets], [(offset, data) for offset in offsets]
     best = float("inf")
     for _ in range(_ROUNDS):
         results = [b""] * batch if kind == _READ else None
         begun = time.perf_counter_ns()
-        filled, _ = lane.fill(kind, pieces, 0)
+        filled, _ = lane.fill_writes(writes, 0) if kind == _WRITE else lane.fill_reads(reads, 0)
         spent = time.perf_counter_ns() - begun
         device.complete()
         begun = time.perf_counter_ns()

@@ -87,7 +87,11 @@ class BlockDevice(Protocol):
         """Give up the contents of the ranges."""
 
     def poll(self) -> bool:
-        """Ask for the capacity; whether it differs from what it was when the device was opened or last polled."""
+        """Look for another capacity: a notice of the device, or its answer, as its kind has it.
+
+        Returns:
+            Whether the capacity differs from what it was when the device was opened or last polled.
+        """
 
     def close(self) -> None:
         """Release the device (and its lock)."""

@@ -18,7 +18,8 @@ __all__ = [
     "check_ranges",
     "closed_error",
     "read_only_error",
-    "whole_blocks",
+    "uniform_extents",
+    "uniform_ranges",
 ]
 
 _SMALLEST_BLOCK = 128
@@ -33,11 +34,6 @@ def check_block_size(block_size_bytes: int) -> None:
     """
     if not _SMALLEST_BLOCK <= block_size_bytes <= _LARGEST_BLOCK or block_size_bytes & (block_size_bytes - 1):
         raise StateError("this block size is not supported", code="block-size", got=block_size_bytes)
-
-
-def whole_blocks(size_bytes: int, block_size_bytes: int) -> int:
-    """Of a capacity, what is whole blocks."""
-    return size_bytes // block_size_bytes * block_size_bytes
 
 
 def check_ranges(ranges: Iterable[Range], *, size_bytes: int, block_size_bytes: int) -> None:
@@ -68,6 +64,33 @@ def check_extents(extents: Iterable[Extent], *, size_bytes: int, block_size_byte
         length = len(data)
         if (offset | length) & mask or offset < 0 or offset + length > size_bytes:
             raise _range_error(offset, length, size_bytes, block_size_bytes)
+
+
+def uniform_ranges(ranges: Sequence[Range], *, size_bytes: int, block_size_bytes: int) -> int:
+    """The one length of all ranges, where they have one and `check_ranges` has nothing to say; 0 where not.
+
+    A call with a thousand ranges usually looks like this, and a device waits while it is checked.
+    """
+    length = ranges[0][1] if ranges else 0
+    mask, last = block_size_bytes - 1, size_bytes - length
+    if length <= 0 or length & mask:
+        return 0
+    for offset, own in ranges:
+        if own != length or offset & mask or not 0 <= offset <= last:
+            return 0
+    return length
+
+
+def uniform_extents(extents: Sequence[Extent], *, size_bytes: int, block_size_bytes: int) -> int:
+    """The same for a write."""
+    length = len(extents[0][1]) if extents else 0
+    mask, last = block_size_bytes - 1, size_bytes - length
+    if length <= 0 or length & mask:
+        return 0
+    for offset, data in extents:
+        if len(data) != length or offset & mask or not 0 <= offset <= last:
+            return 0
+    return length
 
 
 def _range_error(offset: int, length: int, size_bytes: int, block_size_bytes: int) -> StateError:
@@ -107,12 +130,17 @@ class CheckedDevice(abc.ABC):
 
     Raises:
         StateError: ``block-size``.
+
+    Attributes:
+        resizes: How many times the capacity has changed.
     """
 
     def __init__(self, *, size_bytes: int, block_size_bytes: int, read_only: bool) -> None:
         check_block_size(block_size_bytes)
         self._block_size = block_size_bytes
-        self._size = self._polled_size = whole_blocks(size_bytes, block_size_bytes)
+        self._size = self.resizes = 0
+        self._resized(size_bytes)
+        self._polled_size, self.resizes = self._size, 0
         self._read_only = read_only
         self._closed = False
 
@@ -142,6 +170,9 @@ class CheckedDevice(abc.ABC):
 
     def _admit_changing(self, ranges: Sequence[Range]) -> None:
         self._admit_reading(ranges)
+        self._demand_writable()
+
+    def _demand_writable(self) -> None:
         if self._read_only:
             raise read_only_error()
 
@@ -149,15 +180,21 @@ class CheckedDevice(abc.ABC):
         if self._closed:
             raise closed_error()
         check_extents(extents, size_bytes=self._size, block_size_bytes=self._block_size)
-        if self._read_only:
-            raise read_only_error()
+        self._demand_writable()
 
     def poll(self) -> bool:
         """Ask for the capacity; whether it differs from what it was at the start or at the last `poll`."""
         self._admit()
-        self._size = whole_blocks(self._measure(), self._block_size)
+        self._resized(self._measure())
         changed, self._polled_size = self._size != self._polled_size, self._size
         return changed
+
+    def _resized(self, size_bytes: int) -> None:
+        """Take a capacity over; what is not a whole block is cut off."""
+        size = size_bytes // self._block_size * self._block_size
+        if size != self._size:
+            self._size = size
+            self.resizes += 1
 
     @abc.abstractmethod
     def _measure(self) -> int:

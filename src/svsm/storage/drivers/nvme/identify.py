@@ -18,6 +18,7 @@ import dataclasses
 
 from svsm.formats.errors import ProtocolError
 from svsm.formats.nvme import PAGE_BYTES, IdentifyController, IdentifyNamespace, OptionalCommand
+from svsm.storage.drivers.lifecycle import DiskShape
 
 __all__ = ["Geometry", "parse_geometry", "parse_size"]
 
@@ -28,17 +29,12 @@ _SMALLEST_SHIFT, _LARGEST_SHIFT = 9, 16
 _SUBMISSION_SHIFT, _COMPLETION_SHIFT = 6, 4
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Geometry:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Geometry(DiskShape):
     """What the driver works with."""
 
-    size_bytes: int
-    block_size_bytes: int
-    transfer_bytes: int
-    """Most bytes of one read or write; a multiple of the block size."""
     depth: int
     """Most commands in flight that the controller wants; at least 1."""
-    read_only: bool
     volatile_cache: bool
     discard: bool
     write_zeroes: bool

@@ -4,7 +4,7 @@
 Pure: configuration bytes and negotiated features in, `Geometry` out. A field that its feature bit does not cover is
 not looked at. What cannot be true refuses the device; what can only make the driver slow is clamped:
 
-* capacity: any, up to `_MAX_SECTORS`; the part below a whole block is not used.
+* capacity: any, up to `_MAX_SECTORS`; the driver uses whole blocks of it.
 * blk_size: a power of two from 512 bytes to 1 MiB.
 * size_max, seg_max: 0 means no limit (QEMU offers size_max = 0); less than a block refuses.
 * discard and write-zeroes limits: 0 sectors takes the feature away; segment counts are clamped; an alignment that is
@@ -18,6 +18,7 @@ import dataclasses
 
 from svsm.formats.errors import ProtocolError
 from svsm.formats.virtio import SECTOR_BYTES, BlkConfig, BlkFeature
+from svsm.storage.drivers.lifecycle import DiskShape
 
 __all__ = ["CONFIG_BYTES", "Geometry", "RangeLimits", "parse_geometry"]
 
@@ -42,15 +43,10 @@ class RangeLimits:
     """Write-zeroes may give the space back."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Geometry:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Geometry(DiskShape):
     """What the driver works with."""
 
-    size_bytes: int
-    block_size_bytes: int
-    transfer_bytes: int
-    """Most bytes of one read or write; a multiple of the block size."""
-    read_only: bool
     flush: bool
     discard: RangeLimits | None
     write_zeroes: RangeLimits | None
@@ -121,7 +117,7 @@ def parse_geometry(data: bytes, features: int) -> Geometry:
             unmap=config.write_zeroes_may_unmap == 1,
         )
     return Geometry(
-        size_bytes=config.capacity * SECTOR_BYTES // block * block,
+        size_bytes=config.capacity * SECTOR_BYTES,
         block_size_bytes=block,
         transfer_bytes=transfer // block * block,
         read_only=bool(features & BlkFeature.RO),

@@ -2,9 +2,9 @@
 """One request queue of a virtio disk with its bounce buffers: the inner loop.
 
 A slot has a header, a status byte and a data buffer in shared memory, at addresses that never change; a few slots have
-a large buffer. A request costs two stores for the header, one for the status, one copy, and a descriptor store only
-where length or direction differ from the slot's last request. Nothing private enters shared memory but the data of
-a write, which overwrites all that its descriptor exposes; what a read exposes is zeroed before, every time.
+a large buffer. A request costs one store for the header's sector, one for the status, one copy, and stores for kind and
+descriptor only where direction or length differ from the slot's last request. Nothing private enters shared memory but
+the data of a write, which overwrites all that its descriptor exposes; what a read exposes is zeroed before, every time.
 
 A completion counts as success when the status byte, read once, is 0 and the device claims to have written exactly
 what the request has to write. Less with status 0 is an I/O error: the rest of the buffer is ours (zeros), not the
@@ -16,24 +16,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from svsm.abi.block import Extent, Range
 from svsm.formats.errors import ProtocolError
-from svsm.formats.record import Buffer
-from svsm.formats.virtio import BlkHeader, BlkStatus, BlkType
+from svsm.formats.virtio import SECTOR_BYTES, BlkHeader, BlkStatus, BlkType
 from svsm.storage.drivers.dma import PAGE_BYTES, DmaMemory
 from svsm.storage.drivers.virtio.queue import Segment, VirtQueue
 
-__all__ = ["CHAIN", "Lane", "LaneShape", "Piece"]
+__all__ = ["CHAIN", "Lane", "LaneShape"]
 
 CHAIN = 3
 """Header, data, status: the bounce buffer is one piece, so one data segment is enough whatever seg_max is."""
 
-Piece = tuple[int, int, Buffer]
-"""(sector of 512 bytes, length_bytes, data of a write)."""
-
 _CONTROL_BYTES = 64
 _STATUS_OFFSET = 16
 _STATUS_SENTINEL = 0xFF
-_HEADER, _DATA = 0, 1
+_DATA = 1
+_BATCH = 16
+"""Requests that are published together: the device begins with these while the next are prepared."""
+_SECTOR_SHIFT = SECTOR_BYTES.bit_length() - 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,9 +58,6 @@ class Lane:
         queue: With at least one slot and chains of `CHAIN`.
         memory: Where the buffers go.
         shape: How large they are; multiples of 512.
-
-    Attributes:
-        kicked: Whether the last `fill` wants the device to be notified.
     """
 
     def __init__(self, index: int, queue: VirtQueue, memory: DmaMemory, shape: LaneShape) -> None:
@@ -82,6 +79,7 @@ class Lane:
         self._owners = [0] * slots
         self._expected = [0] * slots
         self._forms = [0] * slots  # length of the prepared data segment, negative where the device writes it
+        self._small_zeros = bytes(self._small_bytes)
         self._zeros = memoryview(bytes(shape.large_bytes))
         for slot in range(slots):
             self._prepare(slot)
@@ -93,6 +91,7 @@ class Lane:
 
     def _prepare(self, slot: int) -> None:
         address = self._memory.device_address
+        self._memory.u64[self._headers[slot]] = int(BlkType.IN)
         self.queue.prepare(
             slot,
             [
@@ -110,11 +109,10 @@ class Lane:
 
     # ---- reads and writes ------------------------------------------------------------------------------------------
 
-    def fill(self, kind: int, pieces: Sequence[Piece], at: int) -> tuple[int, bool]:
-        """Put requests into flight, from ``pieces[at]`` on, for as long as there are free slots.
+    def fill_reads(self, pieces: Sequence[Range], at: int) -> tuple[int, bool]:
+        """Put reads into flight, from ``pieces[at]`` on: a few, for as long as there are free slots.
 
         Args:
-            kind: `BlkType.IN` or `BlkType.OUT`.
             pieces: Each fits a large buffer.
             at: Where to begin.
 
@@ -122,37 +120,57 @@ class Lane:
             Where it ended, and whether the device wants to be notified.
         """
         u64, shared, headers, statuses = self._memory.u64, self._memory.bytes, self._headers, self._statuses
-        buffers, owners, forms, zeros = self._data, self._owners, self._forms, self._zeros
-        expected = self._expected
-        small, large, small_bytes, total = self._small, self._large, self._small_bytes, len(pieces)
-        reading = kind == BlkType.IN
-        word = int(kind)
+        buffers, owners, forms, expected = self._data, self._owners, self._forms, self._expected
+        small_zeros, zeros = self._small_zeros, self._zeros
+        small, large, small_bytes, total = self._small, self._large, self._small_bytes, min(len(pieces), at + _BATCH)
         batch: list[int] = []
         while at < total:
-            sector, length, data = pieces[at]
+            offset, length = pieces[at]
             free = small if length <= small_bytes else large
             if not free:
                 break
             slot = free.pop()
-            header = headers[slot]
-            u64[header] = word
-            u64[header + 1] = sector
-            shared[statuses[slot]] = _STATUS_SENTINEL
             start = buffers[slot]
-            if reading:
-                shared[start : start + length] = zeros[:length]
-                form = -length
-            else:
-                shared[start : start + length] = data
-                form = length
-            if forms[slot] != form:
-                forms[slot] = form
-                self.queue.resize(slot, _DATA, length, reading)
-            expected[slot] = length + 1 if reading else 1
+            shared[start : start + length] = small_zeros if length == small_bytes else zeros[:length]
+            if forms[slot] != -length:
+                self._reform(slot, length, reading=True)
+            u64[headers[slot] + 1] = offset >> _SECTOR_SHIFT
+            shared[statuses[slot]] = _STATUS_SENTINEL
+            expected[slot] = length + 1
             owners[slot] = at
             batch.append(slot)
             at += 1
         return at, bool(batch) and self.queue.publish(batch)
+
+    def fill_writes(self, pieces: Sequence[Extent], at: int) -> tuple[int, bool]:
+        """Put writes into flight, from ``pieces[at]`` on, for as long as there are free slots: as `fill_reads`."""
+        u64, shared, headers, statuses = self._memory.u64, self._memory.bytes, self._headers, self._statuses
+        buffers, forms, expected = self._data, self._forms, self._expected
+        small, large, small_bytes, total = self._small, self._large, self._small_bytes, min(len(pieces), at + _BATCH)
+        batch: list[int] = []
+        while at < total:
+            offset, data = pieces[at]
+            length = len(data)
+            free = small if length <= small_bytes else large
+            if not free:
+                break
+            slot = free.pop()
+            start = buffers[slot]
+            shared[start : start + length] = data
+            if forms[slot] != length:
+                self._reform(slot, length, reading=False)
+            u64[headers[slot] + 1] = offset >> _SECTOR_SHIFT
+            shared[statuses[slot]] = _STATUS_SENTINEL
+            expected[slot] = 1
+            batch.append(slot)
+            at += 1
+        return at, bool(batch) and self.queue.publish(batch)
+
+    def _reform(self, slot: int, length: int, *, reading: bool) -> None:
+        """Kind and length of the slot's next request, where they are not those of its last one."""
+        self._forms[slot] = -length if reading else length
+        self._memory.u64[self._headers[slot]] = int(BlkType.IN if reading else BlkType.OUT)
+        self.queue.resize(slot, _DATA, length, reading)
 
     def drain(self, results: list[bytes] | None) -> tuple[int, int]:
         """Take back what the device has finished; contents of reads go to their place in `results`.

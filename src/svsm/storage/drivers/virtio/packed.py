@@ -96,11 +96,12 @@ class PackedQueue(VirtQueue):
         """Hand prepared slots to the device."""
         self._check_alive()
         self._check_idle()
-        u64, ring, size = self._memory.u64, self._ring, self.shape.size
+        u64, ring, size, count, flying = self._memory.u64, self._ring, self.shape.size, self.shape.slots, self._flying
         added = 0
         for slot in slots:
-            self._check_slot(slot)
-            self._flying[slot] = 1
+            if not 0 <= slot < count or flying[slot]:
+                self._refuse_slot(slot)
+            flying[slot] = 1
             self.in_flight += 1
             addresses, tails = self._addresses[slot], self._tails[slot]
             first, first_mark = self._next, _AVAIL if self._next_wrap else _USED
@@ -141,6 +142,7 @@ class PackedQueue(VirtQueue):
         """The slots that the device has finished with."""
         self._check_alive()
         u64, ring, size, slots, entries = self._memory.u64, self._ring, self.shape.size, self.shape.slots, self._entries
+        flying, writable, written = self._flying, self._writable, self.written
         done: list[int] = []
         seen = self._seen
         while True:  # every turn takes a slot back or leaves: at most `in_flight` turns
@@ -148,8 +150,12 @@ class PackedQueue(VirtQueue):
             if tail & (_AVAIL | _USED) != self._seen_mark:
                 break
             identifier = tail >> 32 & _MASK_16
-            slot = identifier if identifier < slots else -1
-            self._take_back(slot, identifier, tail & 0xFFFF_FFFF)
+            slot, length = identifier if identifier < slots else -1, tail & 0xFFFF_FFFF
+            if slot < 0 or not flying[slot] or length > writable[slot]:
+                self._judge(slot, identifier, length)
+            flying[slot] = 0
+            written[slot] = length
+            self.in_flight -= 1
             done.append(slot)
             seen += entries[slot]
             if seen >= size:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Sequence
+from typing import NoReturn
 
 from svsm.formats.errors import ProtocolError, StateError
 from svsm.formats.virtio import QUEUE_SIZE_LIMIT, QueueAddresses
@@ -114,7 +115,8 @@ class VirtQueue(abc.ABC):
         Raises:
             StateError: ``virtio-slot`` for a slot that is in flight or does not exist, or a chain that cannot be.
         """
-        self._check_slot(slot)
+        if not 0 <= slot < self.shape.slots or self._flying[slot]:
+            self._refuse_slot(slot)
         lengths = [segment.length for segment in segments]
         writes = [segment.device_writes for segment in segments]
         if not 0 < len(segments) <= self.shape.chain or writes != sorted(writes):
@@ -178,9 +180,8 @@ class VirtQueue(abc.ABC):
 
     # ---- shared by rings --------------------------------------------------------------------------------------------
 
-    def _check_slot(self, slot: int) -> None:
-        if not 0 <= slot < self.shape.slots or self._flying[slot]:
-            raise StateError("the slot is in flight or does not exist", code="virtio-slot", got=slot)
+    def _refuse_slot(self, slot: int) -> NoReturn:
+        raise StateError("the slot is in flight or does not exist", code="virtio-slot", got=slot)
 
     def _check_alive(self) -> None:
         if self.broken is not None:
@@ -191,19 +192,15 @@ class VirtQueue(abc.ABC):
         if not self.in_flight and self.pending():
             raise self._violation("completes a request before it gets one", code="virtio-used-unexpected")
 
-    def _take_back(self, slot: int, identifier: int, length: int) -> None:
-        """Judge one completion (private copies of what the device wrote) and return the slot to the driver."""
+    def _judge(self, slot: int, identifier: int, length: int) -> NoReturn:
+        """Say what is wrong with a completion (private copies of what the device wrote) that cannot be true."""
         if slot < 0:
             raise self._violation("completes a request that cannot exist", code="virtio-used-id", got=identifier)
         if not self._flying[slot]:
             raise self._violation("completes what it was not given", code="virtio-used-unexpected", got=identifier)
-        if length > self._writable[slot]:
-            raise self._violation(
-                "wrote more than its buffer holds", code="virtio-used-length", expected=self._writable[slot], got=length
-            )
-        self._flying[slot] = 0
-        self.in_flight -= 1
-        self.written[slot] = length
+        raise self._violation(
+            "wrote more than its buffer holds", code="virtio-used-length", expected=self._writable[slot], got=length
+        )
 
     def _violation(self, what: str, *, code: str, **details: int) -> ProtocolError:
         self.broken = ProtocolError(

@@ -92,8 +92,10 @@ class SplitQueue(VirtQueue):
         self._check_idle()
         u16, ring, mask, flying, heads = self._memory.u16, self._available_ring, self._mask, self._flying, self._heads
         old = available = self._next
+        count = self.shape.slots
         for slot in slots:
-            self._check_slot(slot)
+            if not 0 <= slot < count or flying[slot]:
+                self._refuse_slot(slot)
             flying[slot] = 1
             u16[ring + (available & mask)] = heads[slot]
             available += 1
@@ -122,13 +124,18 @@ class SplitQueue(VirtQueue):
                 "returns more requests than it has", code="virtio-used-index", expected=self.in_flight, got=fresh
             )
         u64, ring, mask, slot_of, size = self._memory.u64, self._used_ring, self._mask, self._slot_of, self.shape.size
+        flying, writable, written = self._flying, self._writable, self.written
         done: list[int] = []
         for position in range(seen, seen + fresh):
             element = u64[ring + (position & mask)]  # the only read: identifier and length belong together
-            identifier = element & 0xFFFF_FFFF
+            identifier, length = element & 0xFFFF_FFFF, element >> 32
             slot = slot_of[identifier] if identifier < size else -1
-            self._take_back(slot, identifier, element >> 32)
+            if slot < 0 or not flying[slot] or length > writable[slot]:
+                self._judge(slot, identifier, length)
+            flying[slot] = 0
+            written[slot] = length
             done.append(slot)
+        self.in_flight -= fresh
         self._seen = (seen + fresh) & _INDEX_MASK
         return done
 

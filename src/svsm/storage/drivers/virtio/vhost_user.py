@@ -54,7 +54,6 @@ from svsm.formats.vhost_user_messages import (
     vring_messages,
 )
 from svsm.formats.virtio import DeviceType, Feature, QueueAddresses
-from svsm.storage.drivers.checks import closed_error
 from svsm.storage.drivers.virtio.blk import BlkPolicy, VirtioBlk, memory_bytes
 from svsm.storage.drivers.virtio.transport import Events, Transport
 from svsm.storage.drivers.virtio.vhost_user_socket import Connection, SharedMemory, connect
@@ -330,8 +329,7 @@ class VhostUserBlk(VirtioBlk):
             BackendError, ProtocolError: As at the start; it stays dead.
             StateError: ``block-closed``.
         """
-        if self._closed:
-            raise closed_error()
+        self._demand_open()
         if transport is None:
             self._transport.close()
             try:
