@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""What an image consists of, and what the host adds to it: IGVM, OVMF, settings, launch configuration.
+"""What an image consists of, and what the host adds to it: IGVM, OVMF, settings, launch configuration, device tree.
 
 A checksum would stop every mutation at the door. So an IGVM file or an envelope is tried as it is and, where only the
 checksum was wrong, once more with the checksum repaired: an attacker can compute one too.
@@ -12,7 +12,9 @@ import itertools
 import uuid
 import zlib
 
+from svsm.formats.boot_devices import BootDevices, PciHost, SerialPort, VirtioMmio
 from svsm.formats.errors import SvsmError
+from svsm.formats.fdt import DeviceTree
 from svsm.formats.igvm import IgvmBuilder, IgvmFile, Order, PlatformType, guest_policy, id_block_header, plan_runs
 from svsm.formats.igvm.id_block import split_header
 from svsm.formats.igvm.layout import FixedHeaderV1, FixedHeaderV2, HeaderType, PageDataType, SnpIdBlock
@@ -20,11 +22,13 @@ from svsm.formats.launch_configuration import LaunchConfiguration, TpmConfigurat
 from svsm.formats.ovmf import Ovmf
 from svsm.formats.settings import SETTINGS_BYTES, Settings
 from svsm.formats.snp.cpuid_page import CPUID_PAGE_SIZE, CpuidFunction, pack_cpuid_page, parse_cpuid_page
+from svsm.formats.snp.ghcb import MMIO_BYTES, MMIO_GPA
 from svsm.formats.snp.id_block import IdAuth, IdBlock
 from svsm.formats.snp.policy import GuestPolicy
 from svsm.formats.tpm_envelope import MAX_STATE_BYTES, TpmEnvelope
 from svsm.fuzz.choices import Choices
 from svsm.fuzz.target import Target, expect, judge
+from svsm.kernel.devices import read_devices
 from svsm.launch.build import build_image
 from svsm.launch.digest import launch_digest
 from svsm.launch.id_block import check_id_blocks, demand_id_blocks
@@ -167,6 +171,40 @@ def _launch_configuration_seeds() -> list[bytes]:
     return [_configuration(), pack_area(_configuration(), area_bytes=512)]
 
 
+def _device_tree(data: bytes) -> None:
+    """As the kernel takes it."""
+    judge(lambda: _same_tree(data))
+    found = read_devices(data)
+    windows = sorted(
+        (device.gpa, device.size_bytes) if isinstance(device, VirtioMmio) else (device.window_gpa, device.window_bytes)
+        for device in found.devices
+        if not isinstance(device, SerialPort)
+    )
+    end = MMIO_GPA
+    for gpa, size_bytes in windows:
+        expect(gpa >= end, "windows lie where registers may, and apart")
+        end = gpa + size_bytes
+    expect(end <= MMIO_GPA + MMIO_BYTES, "windows lie where registers may")
+    again = BootDevices.parse(found.tree().pack())
+    expect(set(again.devices) == set(found.devices), "what was read can be written")
+
+
+def _same_tree(data: bytes) -> None:
+    tree = DeviceTree.parse(data)
+    expect(DeviceTree.parse(tree.pack()) == tree, "an accepted tree is the same when it is written")
+
+
+def _device_tree_seeds() -> list[bytes]:
+    virtio, pci, serial = VirtioMmio(0xFEB0_0000), PciHost(0xE000_0000, 16 << 20), SerialPort(0x3E8)
+    some = [
+        BootDevices(),
+        BootDevices((virtio,), disk=virtio),
+        BootDevices((pci, serial), disk=pci, key_channel=serial),
+        BootDevices((virtio, VirtioMmio(0xFEB0_0200)), disk=virtio, key_channel=VirtioMmio(0xFEB0_0200)),
+    ]
+    return [devices.tree().pack() for devices in some]
+
+
 def _envelope(data: bytes) -> None:
     try:
         found = TpmEnvelope.parse(data)
@@ -206,6 +244,13 @@ ROWS = (
         "the parameter area and the launch configuration in it",
         _launch_configuration,
         _launch_configuration_seeds,
+    ),
+    Target(
+        "device-tree",
+        "the loader's device tree, and the places of devices in it",
+        _device_tree,
+        _device_tree_seeds,
+        max_bytes=4096,
     ),
     Target("tpm-envelope", "the envelope of a TPM's state in the volume", _envelope, _envelope_seeds, max_bytes=2048),
     Target("cpuid-page", "the CPUID page", _cpuid, lambda: [b"\1", b"\0\2"], max_bytes=4096),
