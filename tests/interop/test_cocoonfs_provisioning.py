@@ -187,7 +187,8 @@ def _configuration(seed: int) -> tuple[tuple[str, str, int], dict[str, int], byt
 def test_every_configuration(tool: _Tool, seed: int) -> None:
     """Block sizes over their range, each algorithm, salts of any length: made by each, changed by the other."""
     algorithms, sizes, salt, size = _configuration(seed)
-    layout = layout_of(*algorithms, **sizes)
+    family, cipher, strength = algorithms
+    layout = layout_of(family, cipher, strength, **sizes)
     files: dict[int, bytes] = {16 + n: _data(f"{seed} {n}", 411 * n) for n in range(8)}
     device = MemoryDevice(size, block_size_bytes=128)
     volume = Volume.create(device, KEY, salt=salt, layout=layout, aux=AuxMetadata(reserve_bytes=seed % 3 * 500 or None))
@@ -200,7 +201,6 @@ def test_every_configuration(tool: _Tool, seed: int) -> None:
     assert Volume.open(tool.take(), KEY).read(17) == b"theirs"
 
     options: list[Any] = [item for name, value in sizes.items() for item in (_OPTIONS[name], f"{value}B")]
-    family, cipher, strength = algorithms
     names = ["-H", family, "-C", cipher, "-t", str(strength), "-I", salt.hex(), "-s", f"{size // 128 * 128}B"]
     tool.run("mkfs", "-K", KEY.hex(), *names, *options, "-n")
     for inode, data in files.items():

@@ -16,11 +16,11 @@ import uuid
 
 from svsm.abi.block import BlockDevice
 from svsm.abi.descriptors import client_socket
-from svsm.abi.errors import BackendError, SvsmError
+from svsm.abi.errors import BackendError, FormatError, PolicyError, SvsmError
 from svsm.storage.drivers.file import FileDevice
 from svsm.storage.drivers.linux import LinuxDevice
 from svsm.storage.drivers.remote import RemoteDevice
-from svsm.storage.volume import Probe, Volume, probe
+from svsm.storage.volume import DEFAULT_LAYOUT, Expected, Probe, Volume, probe, read_creation_info
 
 __all__ = ["VolumeDisk", "open_descriptor"]
 
@@ -79,7 +79,27 @@ class VolumeDisk:
         """Whether a CocoonFS or creation magic is on the disk."""
         return probe(self._device) is not Probe.BLANK
 
+    def announces_ours(self) -> bool:
+        """Whether the disk only announces a volume, and exactly the one that `format` makes.
+
+        The announcement is not authenticated: configuration, salt and size must be ours. Its auxiliary metadata is
+        taken along; that never is authenticated, and the kernel does not read it.
+        """
+        try:
+            info = read_creation_info(self._device)
+            self._ours().check_creation(info.layout, info.salt, info.size_bytes, info.aux)
+        except (FormatError, PolicyError):
+            return False
+        return True
+
+    def _ours(self) -> Expected:
+        size = self._device.size_bytes // DEFAULT_LAYOUT.io_bytes * DEFAULT_LAYOUT.io_bytes
+        return Expected(DEFAULT_LAYOUT, self._salt, min_size_bytes=size, max_size_bytes=size)
+
     def format(self) -> Volume:
         """Make the volume. Only for a disk that the rules of a first format allow."""
-        self.volume = Volume.create(self._device, self._key, salt=self._salt)
+        if self.announces_ours():
+            self.volume = Volume.open(self._device, self._key, first_use=True, expected=self._ours())
+        else:
+            self.volume = Volume.create(self._device, self._key, salt=self._salt)
         return self.volume

@@ -6,6 +6,8 @@ used one must not make the kernel start afresh. While the row is *new*,
 
 * a disk that opens with the key is used as it is (an earlier first boot died before its report);
 * one that carries a magic but does not open is somebody's volume, and is left alone;
+* one that only announces exactly the volume that a first format makes here, with this volume's salt, is formatted:
+  nothing is on it yet, or a first format was interrupted;
 * one without any magic is formatted.
 
 Once first state is durable the kernel reports (session, counter, root), and until the broker's authenticated
@@ -45,6 +47,9 @@ class DiskProbe(Protocol):
 
     def has_magic(self) -> bool:
         """Whether the disk carries a CocoonFS magic or a creation magic."""
+
+    def announces_ours(self) -> bool:
+        """Whether it only announces a volume, and exactly the one that a first format makes here."""
 
 
 class Birth:
@@ -93,7 +98,7 @@ class Birth:
             self._decided = True
             return Action.USE
         if self._state is VolumeState.NEW:
-            if disk.has_magic():
+            if disk.has_magic() and not disk.announces_ours():
                 raise PolicyError(
                     "the disk holds a volume that does not open with this new volume's key",
                     code="birth-somebodys-volume",

@@ -3,6 +3,30 @@
 
 from __future__ import annotations
 
-from svsm.storage.cocoonfs import Decision, FileInfo, FoundJournal, PreparedCommit, Probe, Transaction, Volume, probe
+from svsm.storage.cocoonfs import (
+    DEFAULT_LAYOUT,
+    Decision,
+    Expected,
+    FileInfo,
+    FoundJournal,
+    PreparedCommit,
+    Probe,
+    Transaction,
+    Volume,
+    probe,
+    read_creation_info,
+)
 
-__all__ = ["Decision", "FileInfo", "FoundJournal", "PreparedCommit", "Probe", "Transaction", "Volume", "probe"]
+__all__ = [
+    "DEFAULT_LAYOUT",
+    "Decision",
+    "Expected",
+    "FileInfo",
+    "FoundJournal",
+    "PreparedCommit",
+    "Probe",
+    "Transaction",
+    "Volume",
+    "probe",
+    "read_creation_info",
+]

@@ -39,6 +39,7 @@ class Disk:
     key: bytes | None = None
     """Of the volume that it holds."""
     magic: bool = False
+    ours: bool = False
     looks: int = 0
     broken: bool = False
 
@@ -64,6 +65,10 @@ class Disk:
             self.disk.looks += 1
             return self.disk.magic
 
+        def announces_ours(self) -> bool:
+            self.disk.looks += 1
+            return self.disk.ours
+
 
 def answers(birth: Birth) -> bool:
     """`may_answer`, asked anew each time."""
@@ -83,12 +88,15 @@ def decide(state: VolumeState, disk: Disk, *, can_report: bool = True) -> Action
         (VolumeState.NEW, Disk(key=b"k", magic=True), True, Action.USE),
         (VolumeState.NEW, Disk(key=b"other", magic=True), True, "birth-somebodys-volume"),
         (VolumeState.NEW, Disk(magic=True), True, "birth-somebodys-volume"),
+        (VolumeState.NEW, Disk(magic=True, ours=True), True, Action.FORMAT),
+        (VolumeState.NEW, Disk(magic=True, ours=True), False, "birth-foreign-proxy"),
         (VolumeState.NEW, Disk(), True, Action.FORMAT),
         (VolumeState.NEW, Disk(), False, "birth-foreign-proxy"),
         (VolumeState.NEW, Disk(key=b"k", magic=True), False, "birth-foreign-proxy"),
         (VolumeState.ACTIVE, Disk(key=b"k", magic=True), True, Action.USE),
         (VolumeState.ACTIVE, Disk(key=b"k", magic=True), False, Action.USE),
         (VolumeState.ACTIVE, Disk(key=b"other", magic=True), True, "birth-other-volume"),
+        (VolumeState.ACTIVE, Disk(magic=True, ours=True), True, "birth-other-volume"),
         (VolumeState.ACTIVE, Disk(), True, "birth-no-volume"),
         (VolumeState.ACTIVE, Disk(), False, "birth-no-volume"),
     ],

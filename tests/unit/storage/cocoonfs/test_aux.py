@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svsm.formats.errors import FormatError, IntegrityError, StateError, SvsmError
-from svsm.storage.cocoonfs import AuxMetadata, Decision, Volume, integrity
+from svsm.storage.cocoonfs import AuxMetadata, Decision, FoundJournal, Volume, integrity
 from svsm.storage.cocoonfs.aux import MAX_AUX_BYTES, NO_METADATA
 from svsm.storage.cocoonfs.auxarea import NO_AUX, group_lengths
 from svsm.storage.cocoonfs.layout import DEFAULT_LAYOUT, ImageLayout
@@ -120,6 +120,10 @@ def test_online(reserve: int | None) -> None:
     check(Volume.open(device, KEY))
 
 
+def _always(answer: Decision) -> Callable[[FoundJournal], Decision]:
+    return lambda found: answer
+
+
 def test_a_refused_commit_leaves_it() -> None:
     device, volume = _volume(AuxMetadata(reserve_bytes=64))
     transaction = volume.transaction()
@@ -128,7 +132,7 @@ def test_a_refused_commit_leaves_it() -> None:
     pending = bytes(device.data)
     for answer, expected in ((Decision.YES, (b"x",)), (Decision.NO, ())):
         disk = MemoryDevice(pending)
-        opened = Volume.open(disk, KEY, decide=lambda found, answer=answer: answer)
+        opened = Volume.open(disk, KEY, decide=_always(answer))
         assert opened.aux.of(A) == read_aux(disk).of(A) == expected
         check(opened)
 
