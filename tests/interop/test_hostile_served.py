@@ -27,8 +27,8 @@ from tests.support import absent, peer
 pytestmark = pytest.mark.interop
 
 _BENCH = Path(__file__).resolve().parents[3] / "shared" / "peers" / "vhost_user_bench.c"
-_OURS = (sys.executable, "-m", "svsm.testing.hostile.own_front_end", "{socket}")
-_QEMU = (sys.executable, "-m", "svsm.testing.hostile.qemu_front_end", "{socket}", "8")
+_OURS = (sys.executable, "-m", "svsm.testing.hostile", "front-end", "ours", "{socket}")
+_QEMU = (sys.executable, "-m", "svsm.testing.hostile", "front-end", "qemu", "{socket}", "--seconds", "8")
 
 _UNANSWERED = ("does not answer", "answers half")
 

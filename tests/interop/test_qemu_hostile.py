@@ -7,12 +7,14 @@ import random
 
 import pytest
 
+from svsm.storage.drivers.virtio.split import SplitQueue
 from svsm.testing.hostile.attacks import ATTACKS
 from svsm.testing.hostile.matrix import Cell, cells
 from svsm.testing.hostile.qemu_attacks import mixed
 from svsm.testing.hostile.qemu_trial import DIFFERENT, IMPOSSIBLE, run
-from svsm.testing.hostile.trial import RINGS
+from svsm.testing.hostile.trial import RINGS, TrialError
 from tests.support import peer
+from tests.unit.testing.test_vhost_user_trial import believe
 
 pytestmark = pytest.mark.interop
 
@@ -40,6 +42,18 @@ def test_mixtures(ring: str) -> None:
     source, program = random.Random(ring), peer("qemu-system-x86_64")
     for _ in range(40):
         run(mixed(source.randbytes(source.randrange(200))), ring, program=program)
+
+
+@pytest.mark.long
+def test_a_driver_that_believes_everything_fails_every_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SplitQueue, "collect", believe)
+    tried = [cell for cell in _cells() if cell.number <= 6 and cell.ring == "split"]
+    assert len(tried) > 8
+    for cell in tried:
+        try:
+            assert cell.run() != cell.expected, cell.name
+        except (TrialError, IndexError):  # a broken promise is noticed as well
+            continue
 
 
 def test_names() -> None:

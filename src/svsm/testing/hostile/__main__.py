@@ -4,6 +4,7 @@
     run [NUMBER …]   run them against this project's driver; exit 0 when everything is as it must be, else 1
     table            the matrix, as in docs/hostile.md
     serve            a hostile vhost-user back-end on a socket, for any front-end; docs/hostile.md shows it
+    front-end        one of two front-ends to try it with: this project's, or QEMU with SeaBIOS
 
 Without a word, or with a number first, it is `run`.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import sys
 import tempfile
@@ -21,6 +23,8 @@ from pathlib import Path
 from svsm.testing.hostile import served
 from svsm.testing.hostile.attacks import NUMBERS
 from svsm.testing.hostile.matrix import TRANSPORTS, Cell, absent, cells, markdown
+from svsm.testing.hostile.own_front_end import drive
+from svsm.testing.hostile.qemu_front_end import SECONDS, boot
 from svsm.testing.hostile.trial import RINGS
 
 
@@ -49,6 +53,10 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
     serve.add_argument("--seconds", type=float, default=10.0, help="how long the front-end has, for each case")
     serve.add_argument("--json", action="store_true", help="a line of JSON for each case")
     serve.add_argument("command", nargs="*", help="the front-end, behind `--`; {socket} stands for the path")
+    front = verbs.add_parser("front-end", help="a front-end to try `serve` with")
+    front.add_argument("kind", choices=("ours", "qemu"))
+    front.add_argument("socket")
+    front.add_argument("--seconds", type=float, default=SECONDS, help="that a guest has to boot")
     return parser.parse_args(words)
 
 
@@ -149,6 +157,18 @@ def _print(report: served.Report, *, as_json: bool) -> None:
     print(f"{report.number:2}  {report.verdict:11}  {report.attack}  ({counts}; {ended})", flush=True)
 
 
+def _front_end(options: argparse.Namespace) -> int:
+    if options.kind == "ours":
+        code, words = drive(options.socket)
+        print(words)
+        return code
+    made = boot(options.socket, options.seconds)
+    print(json.dumps({"result": made.result, "said": made.said}), flush=True)
+    if made.code < 0:
+        os.kill(os.getpid(), -made.code)  # end as QEMU did
+    return made.code
+
+
 def main(words: list[str]) -> int:
     """The command line."""
     if not words or words[0].lstrip("-").isdigit():
@@ -158,7 +178,8 @@ def main(words: list[str]) -> int:
         if options.verb == "table":
             print(markdown(), end="")
             return 0
-        return _run(options) if options.verb == "run" else _serve(options)
+        verbs = {"run": _run, "serve": _serve, "front-end": _front_end}
+        return verbs[options.verb](options)
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

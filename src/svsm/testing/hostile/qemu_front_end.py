@@ -1,27 +1,23 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""``python -m svsm.testing.hostile.qemu_front_end SOCKET [SECONDS]``: QEMU and SeaBIOS as a vhost-user front-end.
+"""``python -m svsm.testing.hostile front-end qemu SOCKET``: QEMU and SeaBIOS as a vhost-user front-end.
 
 A PC boots from a ``vhost-user-blk-pci`` disk: QEMU speaks the messages, SeaBIOS's virtio driver the rings. The disk
 that `svsm.testing.hostile.served` offers begins with `BOOT_SECTOR`, which reads a little more and ends the machine, so
-a boot that works is seen. Prints one line and exits with 0 when the machine booted, 3 when QEMU refused the back-end, 4
-when the guest did not boot and QEMU still answers its monitor, 5 when QEMU does not answer; when a signal ended QEMU,
-with that signal.
+a boot that works is seen. The codes: 0 when the machine booted, 3 when QEMU refused the back-end, 4 when the guest did
+not boot and QEMU still answers its monitor, 5 when QEMU does not answer.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
+import dataclasses
 import shutil
 import signal
 import socket
 import subprocess
-import sys
-import time
 from typing import Final
 
-__all__ = ["BOOT_SECTOR", "main"]
+__all__ = ["BOOT_SECTOR", "SECONDS", "Boot", "boot"]
 
 _EXIT_PORT: Final = 0xF4
 _EXIT_VALUE: Final = 0x31
@@ -32,9 +28,24 @@ BOOT_SECTOR: Final = (
     + bytes([0xB0, _EXIT_VALUE, 0xE6, _EXIT_PORT, 0xF4, 0xEB, 0xFD])  # end; where a read fails, halt
 ).ljust(510, b"\0") + b"\x55\xaa"
 """Real-mode code that reads a sector eight times and then writes to QEMU's isa-debug-exit."""
-_SECONDS: Final = 15.0
+SECONDS: Final = 15.0
 _MONITOR_SECONDS: Final = 10.0
 _MEMORY: Final = "64M"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Boot:
+    """What came of it.
+
+    Attributes:
+        code: As above; of a QEMU that a signal ended, minus the signal.
+        result: The same in words.
+        said: The last line that QEMU printed.
+    """
+
+    code: int
+    result: str
+    said: str
 
 
 def _words(path: str, monitor: int) -> list[str]:
@@ -66,18 +77,21 @@ def _answers(monitor: socket.socket) -> bool:
     return True
 
 
-def main(words: list[str]) -> int:
-    """The command line."""
-    if not words:
-        print(__doc__, file=sys.stderr)
-        return 2
-    seconds = float(words[1]) if len(words) > 1 else _SECONDS
+def boot(path: str, seconds: float = SECONDS) -> Boot:
+    """Start QEMU with the disk at a socket, and see what comes of it.
+
+    Args:
+        path: Of the back-end.
+        seconds: How long it has to boot.
+
+    Raises:
+        OSError: There is no QEMU.
+    """
     near, far = socket.socketpair()
     with near:
         with far:
-            command = _words(words[0], far.fileno())
             process = subprocess.Popen(
-                command,
+                _words(path, far.fileno()),
                 pass_fds=[far.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -92,24 +106,16 @@ def main(words: list[str]) -> int:
             process.wait()
 
 
-def _judge(process: subprocess.Popen[bytes], monitor: socket.socket) -> int:
-    if process.returncode is None:
-        lives = _answers(monitor)
-        said = "the guest does not boot, QEMU answers" if lives else "QEMU hangs"
-    elif process.returncode < 0:
-        said = f"QEMU ended by {signal.Signals(-process.returncode).name}"
+def _judge(process: subprocess.Popen[bytes], monitor: socket.socket) -> Boot:
+    ended = process.returncode
+    if ended is None:
+        answers = _answers(monitor)
+        code, result = (4, "the guest does not boot, QEMU answers") if answers else (5, "QEMU hangs")
+    elif ended < 0:
+        code, result = ended, f"QEMU ended by {signal.Signals(-ended).name}"
     else:
-        said = "booted" if process.returncode == _BOOTED else f"QEMU ended with {process.returncode}"
+        code, result = (0, "booted") if ended == _BOOTED else (3, f"QEMU ended with {ended}")
     process.kill()
     _, errors = process.communicate()
     last = errors.decode("utf-8", "replace").strip().rpartition("\n")[2]
-    print(json.dumps({"result": said, "said": last[:160]}))
-    if process.returncode < 0 and said.startswith("QEMU ended"):
-        sys.stdout.flush()
-        os.kill(os.getpid(), -process.returncode)
-        time.sleep(1)
-    return {"booted": 0, "the guest does not boot, QEMU answers": 4, "QEMU hangs": 5}.get(said, 3)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    return Boot(code, result, last[:160])

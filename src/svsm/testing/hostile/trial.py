@@ -26,7 +26,7 @@ from svsm.storage.drivers.virtio.blk import BlkPolicy, VirtioBlk
 from svsm.testing.hostile.device import HostileBlk
 from svsm.testing.virtio_harness import SMALL_POLICY, Machine, disk_file, virtio_disk
 
-__all__ = ["CANARY", "RINGS", "Kind", "Outcome", "Trial", "policy_of", "run"]
+__all__ = ["CANARY", "RINGS", "Kind", "Outcome", "Trial", "TrialError", "policy_of", "run"]
 
 CANARY: Final = b"\xc4\x9aPRIVATE\x9a\xc4canary"
 """Never written to the disk, so never to be seen in shared memory."""
