@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""A device that attacks its driver: `device` is the device model with hooks, `attacks` the catalogue of named cases,
-`trial` runs a driver against one of them and says what came of it.
+"""A device that attacks its driver: a device model with hooks, a catalogue of named cases, trials that judge.
 
-    from svsm.testing.hostile.attacks import ATTACKS
-    from svsm.testing.hostile.trial import run
+    from svsm.testing.hostile.matrix import TRANSPORTS, cells
 
-    for attack in ATTACKS:
-        for ring in RINGS:
-            print(attack.name, ring, run(attack, ring))
+    for transport in TRANSPORTS:
+        for cell in cells(transport):
+            print(cell.number, cell.name, cell.ring, cell.run() == cell.expected)
+
+``python -m svsm.testing.hostile`` does that, and serves an attack to somebody else's vhost-user front-end;
+docs/hostile.md is its page.
 """
