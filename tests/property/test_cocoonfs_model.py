@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from svsm.formats.errors import StateError
-from svsm.storage.cocoonfs import Decision, ImageLayout, Volume
+from svsm.storage.cocoonfs import Decision, FoundJournal, ImageLayout, Volume
+from svsm.storage.cocoonfs.group import CommitGroup
 from svsm.storage.cocoonfs.layout import DEFAULT_LAYOUT
 from svsm.storage.drivers.memory import MemoryDevice
 from tests.unit.storage.cocoonfs.fsck import check
@@ -24,7 +26,20 @@ LENGTHS = st.one_of(st.integers(0, 300), st.sampled_from([111, 112, 495, 496, 10
 WRITE = st.tuples(st.just("write"), INODES, LENGTHS, st.integers(0, 255))
 UNLINK = st.tuples(st.just("unlink"), st.integers(0, 1 << 16))
 CHANGES = st.lists(st.one_of(WRITE, WRITE, UNLINK), min_size=1, max_size=8)
-STEP = st.tuples(st.sampled_from(["commit", "commit", "commit", "abandon", "cancel", "crash", "take back"]), CHANGES)
+HOW = [
+    "commit",
+    "commit",
+    "commit",
+    "group",
+    "abandon",
+    "cancel",
+    "crash",
+    "take back",
+    "ask twice",
+    "ask at open",
+    "look",
+]
+STEP = st.tuples(st.sampled_from(HOW), CHANGES)
 
 
 def _content(inode: int, length: int, turn: int) -> bytes:
@@ -49,13 +64,68 @@ def _found(volume: Volume) -> Files:
     return {info.inode: (info.flags, volume.read(info.inode)) for info in volume.list()}
 
 
-def _run(layout: ImageLayout, steps: list[Any], size: int) -> None:
+def _once(answer: Decision) -> Callable[[FoundJournal], Decision]:
+    """This answer first, yes from then on."""
+    answers = [answer]
+    return lambda _found: answers.pop() if answers else Decision.YES
+
+
+def _look(device: MemoryDevice, wanted: Files, old: Files) -> None:
+    """Both sides of a pending commit can be seen without writing."""
+    before = bytes(device.data)
+    for answer, files in ((Decision.YES, wanted), (Decision.NO, old), (Decision.UNKNOWN, old)):
+        seen = Volume.open(device, KEY, decide=_once(answer), read_only=True)
+        assert _found(seen) == files
+        assert (seen.pending is not None) == (answer is Decision.UNKNOWN)
+    assert bytes(device.data) == before
+
+
+def _ask(volume: Volume, answer: Decision) -> None:
+    """The commit that waits is not decided at first, and then it is."""
+    assert volume.pending is not None
+    assert volume.pending.decide(lambda _found: Decision.UNKNOWN) is Decision.UNKNOWN
+    volume.pending.decide(lambda _found: answer)
+
+
+def _group(volume: Volume, files: Files, changes: list[Any], turn: int) -> Files:
+    """Each change in a transaction of its own; what those that were taken lead to."""
+    group = CommitGroup(volume)
+    outcomes: list[tuple[int, tuple[int, bytes] | None]] = []
+    for change in changes:
+        transaction = group.transaction()
+        if change[0] == "write":
+            _, inode, length, flags = change
+            transaction.write(inode, _content(inode, length, turn), flags)
+            outcomes.append((inode, (flags, _content(inode, length, turn))))
+        elif files:
+            inode = sorted(files)[change[1] % len(files)]
+            transaction.unlink(inode)
+            outcomes.append((inode, None))
+        else:
+            continue
+        group.add(transaction)
+    wanted = dict(files)
+    for (inode, outcome), error in zip(outcomes, group.commit(), strict=True):
+        if error is not None:
+            assert error.code in ("cocoonfs-full", "cocoonfs-conflict")
+        elif outcome is None:
+            del wanted[inode]
+        else:
+            wanted[inode] = outcome
+    return wanted
+
+
+def _run(layout: ImageLayout, steps: list[Any], size: int, *, trim: bool = False) -> None:
     device = MemoryDevice(size, block_size_bytes=128)
-    volume = Volume.create(device, KEY, salt=b"", layout=layout)
+    volume = Volume.create(device, KEY, salt=b"", layout=layout, trim=trim)
     files: Files = {}
     for turn, (how, changes) in enumerate(steps):
         wanted = dict(files)
         counter = volume.counter
+        if how == "group":
+            files = _group(volume, files, changes, turn)
+            assert _found(volume) == files
+            continue
         transaction = volume.transaction()
         _change(transaction, wanted, changes, turn)
         if how == "abandon":
@@ -75,10 +145,21 @@ def _run(layout: ImageLayout, steps: list[Any], size: int) -> None:
             files = wanted
         elif how == "cancel":
             prepared.cancel()
+        elif how in ("ask twice", "ask at open"):
+            answer = Decision.YES if turn % 2 else Decision.NO
+            if how == "ask at open":
+                volume = Volume.open(device, KEY, decide=_once(Decision.UNKNOWN), trim=trim)
+                assert _found(volume) == files
+            _ask(volume, answer)
+            files = wanted if answer is Decision.YES else files
+        elif how == "look":
+            _look(device, wanted, files)
+            prepared.apply()
+            files = wanted
         else:
             forward = how == "crash"
             answer = Decision.YES if forward else Decision.NO
-            volume = Volume.open(device, KEY, decide=lambda _found, answer=answer: answer)  # type: ignore[misc]
+            volume = Volume.open(device, KEY, decide=_once(answer), trim=trim)
             files = wanted if forward else files
         assert _found(volume) == files
         assert volume.counter == counter + (files is wanted)
@@ -89,17 +170,17 @@ def _run(layout: ImageLayout, steps: list[Any], size: int) -> None:
     check(again)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(STEP, max_size=12))
-def test_default_configuration(steps: list[Any]) -> None:
-    _run(DEFAULT_LAYOUT, steps, 96 << 10)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(STEP, max_size=12), st.booleans())
+def test_default_configuration(steps: list[Any], trim: bool) -> None:
+    _run(DEFAULT_LAYOUT, steps, 96 << 10, trim=trim)
 
 
 @pytest.mark.long
 @settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(STEP, max_size=40))
-def test_default_configuration_at_length(steps: list[Any]) -> None:
-    _run(DEFAULT_LAYOUT, steps, 96 << 10)
+@given(st.lists(STEP, max_size=40), st.booleans())
+def test_default_configuration_at_length(steps: list[Any], trim: bool) -> None:
+    _run(DEFAULT_LAYOUT, steps, 96 << 10, trim=trim)
 
 
 LAYOUTS = st.builds(

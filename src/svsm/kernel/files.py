@@ -56,8 +56,9 @@ class VolumeFiles:
         if not self._deciding:
             self._commit()
 
-    def _commit(self) -> None:
-        batch, self._waiting = self._waiting, []
+    def _commit(self, most: int | None = None) -> None:
+        batch = self._waiting[:most]
+        del self._waiting[: len(batch)]
         try:
             transaction = self._volume.transaction()
             for changes, _ in batch:
@@ -65,7 +66,14 @@ class VolumeFiles:
                     transaction.write(inode, data)
             prepared = transaction.prepare()
         except SvsmError as error:
+            if error.code == "cocoonfs-full" and len(batch) > 1:
+                # One change that does not fit must not take the others with it.
+                self._waiting[:0] = batch
+                self._commit(len(batch) // 2)
+                return
             self._finish(batch, error)
+            if self._waiting and not self._deciding:
+                self._commit()
             return
         self._deciding = True
         self._decide(prepared, lambda yes: self._decided(prepared, batch, yes))
