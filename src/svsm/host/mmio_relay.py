@@ -10,8 +10,6 @@ device that is gone, or that takes no more messages, is a failed exit.
 
 from __future__ import annotations
 
-import dataclasses
-import os
 import socket
 from typing import Final
 
@@ -19,25 +17,12 @@ from svsm.formats.errors import SvsmError
 from svsm.formats.snp import ghcb
 from svsm.formats.snp.hardware_messages import Message
 from svsm.formats.virtio import MMIO_WINDOW_BYTES, RegisterMessage, RegisterOperation
+from svsm.host.access import Access, done, failed
 
 __all__ = ["MmioRelay"]
 
-_FAILED: Final = 1 << 32
 _SEQUENCE_MASK: Final = 0xFFFF_FFFF
 _BATCH: Final = 64
-
-
-@dataclasses.dataclass(slots=True)
-class _Read:
-    """An exit that waits for the device."""
-
-    exit_: Message
-    missing: int
-    """Answers."""
-    width_bytes: int
-    scratch: int | None
-    """Where the values go; None: into RAX."""
-    data: bytes = b""
 
 
 class MmioRelay:
@@ -62,13 +47,13 @@ class MmioRelay:
     ) -> None:
         device.setblocking(False)
         self.gpa = gpa
-        self._bytes = windows * MMIO_WINDOW_BYTES
+        self._registers = range(gpa, gpa + windows * MMIO_WINDOW_BYTES)
         self._ports = ports
         self.closed = False
         self._device = device
         self._shared_fd = shared_fd
         self._sequence = 0
-        self._reads: dict[int, _Read] = {}
+        self._reads: dict[int, Access] = {}
 
     def fileno(self) -> int:
         """Readable when the device has said something."""
@@ -77,49 +62,35 @@ class MmioRelay:
     def access(self, exit_: Message) -> Message | None:
         """Start an MMIO or IOIO exit; its answer, or None when that comes with `receive`."""
         if self.closed:
-            return exit_.answer(0, _FAILED)
-        started = self._port if exit_.arguments[0] == ghcb.ExitCode.IOIO else self._memory
+            return failed(exit_)
         try:
-            return started(exit_)
+            access = Access.parse(exit_)
+            places = self._ports if access.is_port else self._registers
+            wide = access.is_port and access.width_bytes != 1
+            return failed(exit_) if wide or not access.is_in(places) else self._start(access)
         except (SvsmError, OSError, OverflowError):  # no such access, no such memory, or the device is gone
-            return exit_.answer(0, _FAILED)
+            return failed(exit_)
 
-    def _memory(self, exit_: Message) -> Message | None:
-        code, address, length, _, _, scratch = exit_.arguments
-        offset = address - self.gpa
-        if length != ghcb.MMIO_WIDTH_BYTES or not 0 <= offset <= self._bytes - length:
-            return exit_.answer(0, _FAILED)
-        if code == ghcb.ExitCode.MMIO_READ:
-            self._ask(RegisterOperation.READ, offset, _Read(exit_, 1, length, scratch))
-            return None
-        value = int.from_bytes(os.pread(self._shared_fd, length, scratch), "little")
-        self._send(RegisterMessage(RegisterOperation.WRITE, 0, offset, value))
-        return exit_.answer(0, 0)
-
-    def _port(self, exit_: Message) -> Message | None:
-        _, word, count, rax, _, scratch = exit_.arguments
-        access = ghcb.IoAccess.parse(word)
-        count = count if access.string else 1
-        if access.port not in self._ports or access.width_bytes != 1 or not 0 < count <= ghcb.MAX_IO_COUNT:
-            return exit_.answer(0, _FAILED)
+    def _start(self, access: Access) -> Message | None:
+        offset = access.place if access.is_port else access.place - self.gpa
         if access.reading:
-            where = scratch if access.string else None
-            self._ask(RegisterOperation.READ_PORT, access.port, _Read(exit_, count, 1, where))
+            kind = RegisterOperation.READ_PORT if access.is_port else RegisterOperation.READ
+            self._ask(kind, offset, access)
             return None
-        values = os.pread(self._shared_fd, count, scratch) if access.string else bytes([rax & 0xFF])
-        for value in values:
-            self._send(RegisterMessage(RegisterOperation.WRITE_PORT, 0, access.port, value))
-        return exit_.answer(0, 0)
+        kind = RegisterOperation.WRITE_PORT if access.is_port else RegisterOperation.WRITE
+        for value in access.written(self._shared_fd):
+            self._send(RegisterMessage(kind, 0, offset, value))
+        return done(access.exit_)
 
-    def _ask(self, operation: RegisterOperation, offset: int, read: _Read) -> None:
-        for _ in range(read.missing):
+    def _ask(self, operation: RegisterOperation, offset: int, access: Access) -> None:
+        for _ in range(access.count):
             self._sequence = self._sequence + 1 & _SEQUENCE_MASK
             try:
                 self._send(RegisterMessage(operation, self._sequence, offset, 0))
             except OSError:
-                self._reads = {number: other for number, other in self._reads.items() if other is not read}
+                self._reads = {number: other for number, other in self._reads.items() if other is not access}
                 raise
-            self._reads[self._sequence] = read
+            self._reads[self._sequence] = access
 
     def receive(self) -> tuple[list[Message], bool]:
         """Take in what the device has said: answers to exits, and whether it has interrupted."""
@@ -143,7 +114,8 @@ class MmioRelay:
             if message.operation == RegisterOperation.INTERRUPT:
                 interrupted = True
             elif message.sequence in self._reads:
-                answers += self._answer(self._reads.pop(message.sequence), message.value)
+                answer = self._reads.pop(message.sequence).take(message.value, self._shared_fd)
+                answers += [] if answer is None else [answer]
         return answers, interrupted
 
     def close(self) -> None:
@@ -152,23 +124,9 @@ class MmioRelay:
         self._device.close()
 
     def _unanswered(self) -> list[Message]:
-        waiting = {id(read): read for read in self._reads.values()}
+        waiting = {id(access): access for access in self._reads.values()}
         self._reads.clear()
-        return [read.exit_.answer(0, _FAILED) for read in waiting.values()]
-
-    def _answer(self, read: _Read, value: int) -> list[Message]:
-        """The exit's answer, once it has all its values; the device answers in order."""
-        read.data += (value & (1 << 8 * read.width_bytes) - 1).to_bytes(read.width_bytes, "little")
-        read.missing -= 1
-        if read.missing:
-            return []
-        if read.scratch is None:
-            return [read.exit_.answer(0, 0, 0, int.from_bytes(read.data, "little"))]
-        try:
-            os.pwrite(self._shared_fd, read.data, read.scratch)
-        except (OSError, OverflowError):
-            return [read.exit_.answer(0, _FAILED)]
-        return [read.exit_.answer()]
+        return [failed(access.exit_) for access in waiting.values()]
 
     def _send(self, message: RegisterMessage) -> None:
         self._device.send(message.pack(), socket.MSG_NOSIGNAL)

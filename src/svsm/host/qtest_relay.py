@@ -20,33 +20,27 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import os
 import socket
 from collections.abc import Iterable, Sequence
 from typing import Final
 
 from svsm.formats.errors import BackendError, SvsmError
-from svsm.formats.snp import ghcb
 from svsm.formats.snp.hardware_messages import Message
+from svsm.host.access import Access, done, failed
 from svsm.host.qtest import QtestProtocol, in_command, out_command, read_command, write_command
 
 __all__ = ["QtestRelay"]
 
-_FAILED: Final = 1 << 32
 _CHUNK_BYTES: Final = 64 << 10
 _BATCH: Final = 16
 
 
 @dataclasses.dataclass(slots=True)
-class _Reads:
-    """Commands whose answers belong together: a read with its exit, or writes, whose exit is answered already."""
+class _Sent:
+    """Commands whose answers belong together: a read's, or writes', whose exit is answered already."""
 
     missing: int
-    exit_: Message | None
-    width_bytes: int = 0
-    scratch: int | None = None
-    """Where the values go; None: into RAX."""
-    values: list[int] = dataclasses.field(default_factory=list)
+    read: Access | None = None
     refused: bool = False
 
 
@@ -78,8 +72,8 @@ class QtestRelay:
         self._ports = ports
         self._lines = frozenset(lines)
         self._protocol = QtestProtocol()
-        self._pending: collections.deque[_Reads] = collections.deque()
-        self._send(["irq_intercept_in ioapic"], _Reads(1, None))
+        self._pending: collections.deque[_Sent] = collections.deque()
+        self._send(["irq_intercept_in ioapic"], _Sent(1))
 
     def fileno(self) -> int:
         """Readable when QEMU has said something."""
@@ -89,43 +83,25 @@ class QtestRelay:
 
     def access(self, exit_: Message) -> Message | None:
         """Start an MMIO or IOIO exit; its answer, or None when that comes with `receive`."""
-        started = self._port if exit_.arguments[0] == ghcb.ExitCode.IOIO else self._memory
         try:
-            return started(exit_)
+            access = Access.parse(exit_)
+            places = self._ports if access.is_port else self._windows
+            return self._start(access) if any(map(access.is_in, places)) else failed(exit_)
         except (SvsmError, OSError, OverflowError):  # no such access, no such memory, or QEMU is gone
-            return exit_.answer(0, _FAILED)
+            return failed(exit_)
 
-    def _memory(self, exit_: Message) -> Message | None:
-        code, address, width, _, _, scratch = exit_.arguments
-        if width != ghcb.MMIO_WIDTH_BYTES or not _inside(self._windows, address, width):
-            return exit_.answer(0, _FAILED)
-        if code == ghcb.ExitCode.MMIO_READ:
-            self._send([read_command(address, width)], _Reads(1, exit_, width, scratch))
-            return None
-        (value,) = self._stored(scratch, width, 1)
-        self._send([write_command(address, width, value)], _Reads(1, None))
-        return exit_.answer()
-
-    def _port(self, exit_: Message) -> Message | None:
-        _, word, count, rax, _, scratch = exit_.arguments
-        access = ghcb.IoAccess.parse(word)
-        port, width = access.port, access.width_bytes
-        count = count if access.string else 1
-        if not 0 < count <= ghcb.MAX_IO_COUNT or not _inside(self._ports, port, width):
-            return exit_.answer(0, _FAILED)
+    def _start(self, access: Access) -> Message | None:
+        place, width = access.place, access.width_bytes
         if access.reading:
-            where = scratch if access.string else None
-            self._send([in_command(port, width)] * count, _Reads(count, exit_, width, where))
+            command = in_command(place, width) if access.is_port else read_command(place, width)
+            self._send([command] * access.count, _Sent(access.count, access))
             return None
-        values = self._stored(scratch, width, count) if access.string else [rax & (1 << 8 * width) - 1]
-        self._send([out_command(port, width, value) for value in values], _Reads(count, None))
-        return exit_.answer()
+        write = out_command if access.is_port else write_command
+        values = access.written(self._shared_fd)
+        self._send([write(place, width, value) for value in values], _Sent(access.count))
+        return done(access.exit_)
 
-    def _stored(self, scratch: int, width: int, count: int) -> list[int]:
-        data = os.pread(self._shared_fd, width * count, scratch)
-        return [int.from_bytes(data[at : at + width], "little") for at in range(0, width * count, width)]
-
-    def _send(self, commands: Sequence[str], expected: _Reads) -> None:
+    def _send(self, commands: Sequence[str], expected: _Sent) -> None:
         if self.closed:
             raise _gone()
         data = self._protocol.encode(commands)
@@ -165,52 +141,34 @@ class QtestRelay:
         """Sort the answers that are there; whether one of them was for a write."""
         wrote = False
         while self._pending:
-            waiting = self._pending[0]
+            sent = self._pending[0]
             try:
                 value = self._protocol.take()
             except BackendError:
-                waiting.refused, value = True, "0"
+                sent.refused, value = True, "0"
             if value is None:
                 break
-            if waiting.exit_ is not None:
-                waiting.values.append(int(value, 16))
-            waiting.missing -= 1
-            if not waiting.missing:
+            number = 0 if sent.read is None else int(value, 16)
+            sent.missing -= 1
+            if not sent.missing:
                 self._pending.popleft()
-                wrote = wrote or waiting.exit_ is None
-                answers += self._finished(waiting)
+            if sent.read is None:
+                wrote = True
+            elif (answer := sent.read.take(number, self._shared_fd)) is not None:
+                answers.append(failed(sent.read.exit_) if sent.refused else answer)
         return wrote
-
-    def _finished(self, done: _Reads) -> list[Message]:
-        if done.exit_ is None:
-            return []
-        mask = (1 << 8 * done.width_bytes) - 1
-        if done.refused:
-            return [done.exit_.answer(0, _FAILED)]
-        if done.scratch is None:
-            return [done.exit_.answer(0, 0, 0, done.values[0] & mask)]
-        data = b"".join((value & mask).to_bytes(done.width_bytes, "little") for value in done.values)
-        try:
-            os.pwrite(self._shared_fd, data, done.scratch)
-        except (OSError, OverflowError):
-            return [done.exit_.answer(0, _FAILED)]
-        return [done.exit_.answer()]
 
     def _end(self) -> list[Message]:
         self.close()
-        failed = [done.exit_.answer(0, _FAILED) for done in self._pending if done.exit_ is not None]
+        unanswered = [failed(sent.read.exit_) for sent in self._pending if sent.read is not None]
         self._pending.clear()
-        return failed
+        return unanswered
 
     def close(self) -> None:
         """Hang up. QEMU goes on until somebody ends it."""
         self.closed = True
         with contextlib.suppress(OSError):
             self._connection.close()
-
-
-def _inside(ranges: Sequence[range], start: int, length: int) -> bool:
-    return any(start in place and start + length - 1 in place for place in ranges)
 
 
 def _gone() -> BackendError:
