@@ -117,7 +117,7 @@ def test_auxiliary_metadata_in_turn(tool: _Tool, seed: int) -> None:
     """Both change it in turn, with and without the key."""
     rng = random.Random(seed)
     device = MemoryDevice(256 << 10, block_size_bytes=128)
-    aux = AuxMetadata(reserve_bytes=rng.choice([0, 1024, 9000]))
+    aux = AuxMetadata(reserve_bytes=rng.choice([16, 1024, 9000]))
     if rng.random() < 0.5:
         provision(device, salt=b"x", aux=aux)
     else:

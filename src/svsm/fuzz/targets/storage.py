@@ -49,7 +49,7 @@ _OLD = {16: b"a" * 100, 17: bytes(range(256)) * 12, 0x1_0000_0000: b""}
 _NEW = {16: b"b" * 700, 17: bytes(range(256)) * 12, 18: b"new", 0x1_0000_0000: b"x" * 33}
 _SIZE = 128 << 10
 _LIMIT_AB = 1024
-_NODE_BYTES = block_payload_bytes(DEFAULT_LAYOUT.leaf_ab * DEFAULT_LAYOUT.ab_bytes)
+_NODE_BYTES = block_payload_bytes(DEFAULT_LAYOUT.leaf_ab * DEFAULT_LAYOUT.ab_bytes, DEFAULT_LAYOUT.cipher.block_bytes)
 
 
 def _random(start: int) -> Callable[[int], bytes]:

@@ -23,7 +23,7 @@ __all__ = ["Space", "bitmap_blocks", "bits_per_bitmap_block", "no_space", "pack_
 
 def bits_per_bitmap_block(layout: ImageLayout) -> int:
     """Allocation blocks that one bitmap block tracks."""
-    return block_payload_bytes(layout.bitmap_ab * layout.ab_bytes) // 8 * 64
+    return block_payload_bytes(layout.bitmap_ab * layout.ab_bytes, layout.cipher.block_bytes) // 8 * 64
 
 
 def bitmap_blocks(layout: ImageLayout, image_ab: int) -> int:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from cryptography.hazmat.primitives.hmac import HMAC
 
 from svsm.formats.errors import FormatError, IntegrityError
-from svsm.formats.record import Buffer
 from svsm.storage.cocoonfs.encoding import (
     MAX_POINTER_EXTENT_AB,
     Extent,
@@ -25,10 +24,11 @@ from svsm.storage.cocoonfs.encoding import (
     encode_extent_pointer,
 )
 from svsm.storage.cocoonfs.layout import ImageLayout, Subject
-from svsm.storage.cocoonfs.primitives import equal
+from svsm.storage.cocoonfs.primitives import Crypt, equal
 
 __all__ = [
     "Chain",
+    "Crypt",
     "authentication_failure",
     "block_payload_bytes",
     "decrypt_block",
@@ -39,9 +39,8 @@ __all__ = [
     "strip_padding",
 ]
 
-Crypt = Callable[[Buffer], bytes]
 Random = Callable[[int], bytes]
-_IV = 16
+_LARGEST_BLOCK = 16
 
 
 def authentication_failure(stage: str, **details: int) -> IntegrityError:
@@ -59,22 +58,24 @@ def _padding_is_wrong(what: str) -> FormatError:
     return FormatError("padding behind a plaintext is malformed", code="cocoonfs-format", field=what)
 
 
-def block_payload_bytes(block_bytes: int) -> int:
+def block_payload_bytes(block_bytes: int, cipher_block_bytes: int) -> int:
     """How many bytes of plaintext an encrypted block of this size holds."""
-    return (block_bytes - _IV) // _IV * _IV
+    return (block_bytes - cipher_block_bytes) // cipher_block_bytes * cipher_block_bytes
 
 
 def decrypt_block(decrypt: Crypt, data: bytes) -> bytes:
     """The plaintext of a block."""
-    pad = (len(data) - _IV) % _IV
-    return decrypt(data if not pad else data[:_IV] + data[_IV + pad :])
+    iv_bytes = decrypt.block_bytes
+    pad = (len(data) - iv_bytes) % iv_bytes
+    return decrypt(data if not pad else data[:iv_bytes] + data[iv_bytes + pad :])
 
 
 def encrypt_block(encrypt: Crypt, payload: bytes, block_bytes: int, random: Random) -> bytes:
     """A whole block; `payload` is filled up with zeros."""
-    pad = (block_bytes - _IV) % _IV
-    sealed = encrypt(random(_IV) + payload.ljust(block_payload_bytes(block_bytes), b"\0"))
-    return sealed if not pad else sealed[:_IV] + random(pad) + sealed[_IV:]
+    iv_bytes = encrypt.block_bytes
+    pad = (block_bytes - iv_bytes) % iv_bytes
+    sealed = encrypt(random(iv_bytes) + payload.ljust(block_payload_bytes(block_bytes, iv_bytes), b"\0"))
+    return sealed if not pad else sealed[:iv_bytes] + random(pad) + sealed[iv_bytes:]
 
 
 def strip_padding(plaintext: bytes, what: str) -> bytes:
@@ -87,19 +88,19 @@ def strip_padding(plaintext: bytes, what: str) -> bytes:
     if not stripped:
         raise _padding_is_wrong(what)
     count = stripped[-1]
-    if count > _IV or stripped[-count:] != bytes([count]) * count:
+    if count > _LARGEST_BLOCK or stripped[-count:] != bytes([count]) * count:
         raise _padding_is_wrong(what)
     return stripped[:-count]
 
 
-def _pad(data: bytes, total_bytes: int) -> bytes:
-    count = _IV - len(data) % _IV
+def _pad(data: bytes, total_bytes: int, cipher_block_bytes: int) -> bytes:
+    count = cipher_block_bytes - len(data) % cipher_block_bytes
     return (data + bytes([count]) * count).ljust(total_bytes, b"\0")
 
 
-def extents_bytes_needed(length: int) -> int:
+def extents_bytes_needed(length: int, cipher_block_bytes: int) -> int:
     """Bytes of extents that data of this length needs, IV and padding included."""
-    return _IV + length + _IV - length % _IV
+    return 2 * cipher_block_bytes + length - length % cipher_block_bytes
 
 
 def decrypt_extents(decrypt: Crypt, extents: Sequence[bytes]) -> bytes:
@@ -113,7 +114,7 @@ def decrypt_extents(decrypt: Crypt, extents: Sequence[bytes]) -> bytes:
 
 def encrypt_extents(encrypt: Crypt, data: bytes, total_bytes: int, random: Random) -> bytes:
     """What to lay into a file's extents, end to end (every extent is a multiple of the cipher block)."""
-    return encrypt(random(_IV) + _pad(data, total_bytes - _IV))
+    return encrypt(random(encrypt.block_bytes) + _pad(data, total_bytes - encrypt.block_bytes, encrypt.block_bytes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,12 +140,16 @@ class Chain:
         """Length of each tag; 0 without authentication."""
         return 0 if self.mac is None else self.layout.preauth_hash.digest_bytes
 
+    @property
+    def _iv_bytes(self) -> int:
+        return self.layout.cipher.block_bytes
+
     def _front(self, first: bool) -> int:
-        return self.header_bytes + self.tag_bytes + _IV if first else self.tag_bytes
+        return self.header_bytes + self.tag_bytes + self._iv_bytes if first else self.tag_bytes
 
     def capacity(self, extent_bytes: int, *, first: bool) -> int:
         """Payload bytes in an extent that is followed by another (the last one holds one byte less)."""
-        return max(0, (extent_bytes - self._front(first)) // _IV * _IV - 8)
+        return max(0, (extent_bytes - self._front(first)) // self._iv_bytes * self._iv_bytes - 8)
 
     def tails_needed(self, payload_bytes: int, head_bytes: int, unit_ab: int) -> list[int]:
         """Lengths in ab of the extents behind a head of `head_bytes` that the payload needs, multiples of `unit_ab`."""
@@ -181,24 +186,24 @@ class Chain:
         for index, (_, length_ab) in enumerate(extents):
             first, last = index == 0, index == len(extents) - 1
             size = length_ab * self.layout.ab_bytes
-            body = (size - self._front(first)) // _IV * _IV
+            body = (size - self._front(first)) // self._iv_bytes * self._iv_bytes
             chunk = payload[offset : offset + self.capacity(size, first=first)]
             offset += len(chunk)
             plain = encode_extent_pointer(None if last else extents[index + 1]) + chunk
-            plain = _pad(plain, body) if last else plain
+            plain = _pad(plain, body, encrypt.block_bytes) if last else plain
             if len(plain) != body:
                 raise FormatError("a chain has no room for its payload", code="cocoonfs-format", field=self.what)
             # The context's chaining value carries over from extent to extent, so only the first draws an IV.
-            sealed = encrypt(random(_IV) + plain) if first else encrypt(plain)
-            pad = random((size - self._front(first)) % _IV)
+            sealed = encrypt(random(self._iv_bytes) + plain) if first else encrypt(plain)
+            pad = random((size - self._front(first)) % self._iv_bytes)
             if first:
-                iv, sealed = sealed[:_IV], sealed[_IV:]
+                iv, sealed = sealed[: self._iv_bytes], sealed[self._iv_bytes :]
                 tag = self._tag((header, bytes(self.tag_bytes), iv, pad, sealed), first=True)
                 contents.append(header + tag + iv + pad + sealed)
             else:
                 tag = self._tag((tag, pad, sealed, iv), first=False)
                 contents.append(tag + pad + sealed)
-            iv = sealed[-_IV:]
+            iv = sealed[-self._iv_bytes :]
         return contents
 
     def decode(
@@ -247,19 +252,19 @@ class Chain:
 
     def _open(self, decrypt: Crypt, data: bytes, iv: bytes, tag: bytes, *, first: bool) -> tuple[bytes, bytes, bytes]:
         front = self._front(first)
-        pad_bytes = (len(data) - front) % _IV
+        pad_bytes = (len(data) - front) % self._iv_bytes
         sealed = data[front + pad_bytes :]
-        if len(data) < front + _IV:
+        if len(data) < front + self._iv_bytes:
             raise FormatError("an extent of a chain is too short", code="cocoonfs-format", field=self.what)
         pad = data[front : front + pad_bytes]
         if first:
             header = data[: self.header_bytes]
             found = data[self.header_bytes : self.header_bytes + self.tag_bytes]
-            iv = data[front - _IV : front]
+            iv = data[front - self._iv_bytes : front]
             made = self._tag((header, bytes(self.tag_bytes), iv, pad, sealed), first=True)
         else:
             found = data[: self.tag_bytes]
             made = self._tag((tag, pad, sealed, iv), first=False)
         if not equal(found, made):
             raise authentication_failure(self.what)
-        return decrypt(iv + sealed), sealed[-_IV:], found
+        return decrypt(iv + sealed), sealed[-self._iv_bytes :], found

@@ -106,7 +106,7 @@ class FixedPlaces:
         unit = layout.journal_ab
         # Magic, integrity section and pointer pair; tag, IV; then a pointer and one block of padding.
         plain = 8 + integrity.section_bytes(layout.io_bytes) + 16
-        least = plain + layout.preauth_hash.digest_bytes + 16 + 16
+        least = plain + layout.preauth_hash.digest_bytes + layout.cipher.block_bytes + 16
         length = align_up(least, unit * layout.ab_bytes) // layout.ab_bytes
         return FixedPlaces(begin, end, (align_up(end, unit), length))
 

@@ -59,7 +59,8 @@ class VolumeContext:
 
 def read_counter(keys: Keys, encrypted: bytes) -> int:
     """The update counter."""
-    plain = keys.decryptor(COUNTER_DOMAIN)(bytes(16) + encrypted)
+    decrypt = keys.decryptor(COUNTER_DOMAIN)
+    plain = decrypt(bytes(decrypt.block_bytes) + encrypted)
     return int.from_bytes(plain, "little")
 
 
@@ -73,7 +74,7 @@ def _bitmap_words(volume: VolumeContext, raw: bytes) -> bytes:
     layout = volume.layout
     stride = layout.bitmap_ab * layout.ab_bytes
     plain = volume.keys.decryptor(BITMAP_INODE)(raw)
-    used = block_payload_bytes(stride) // 8 * 8
+    used = block_payload_bytes(stride, layout.cipher.block_bytes) // 8 * 8
     return b"".join(plain[at : at + used] for at in range(0, len(raw), stride))
 
 

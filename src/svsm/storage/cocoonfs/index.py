@@ -71,8 +71,8 @@ class NodeFormat:
 
     def __init__(self, layout: ImageLayout) -> None:
         self.layout = layout
-        self.leaf_bytes = block_payload_bytes(layout.leaf_ab * layout.ab_bytes)
-        self.internal_bytes = block_payload_bytes(layout.internal_ab * layout.ab_bytes)
+        self.leaf_bytes = block_payload_bytes(layout.leaf_ab * layout.ab_bytes, layout.cipher.block_bytes)
+        self.internal_bytes = block_payload_bytes(layout.internal_ab * layout.ab_bytes, layout.cipher.block_bytes)
         self.leaf_entries = (self.leaf_bytes - 12) // 20
         self.internal_keys = (self.internal_bytes - 12) // 16
         self.leaf_minimum = -(-self.leaf_entries // 2)

@@ -90,7 +90,10 @@ class Disguise:
         return Disguise(cipher, random(cipher.key_bytes), random(cipher.key_bytes))
 
     def _ivs(self, places: Sequence[tuple[int, int]]) -> bytes:
-        packed = b"".join(target.to_bytes(8, "little") + staging.to_bytes(8, "little") for target, staging in places)
+        size = self.cipher.block_bytes  # of a shorter cipher block: what is at the end, the staging place
+        packed = b"".join(
+            (target.to_bytes(8, "little") + staging.to_bytes(8, "little"))[-size:] for target, staging in places
+        )
         return self.cipher.encrypt_single_blocks(self.iv_key, packed)
 
     def apply(self, content: bytes, places: Sequence[tuple[int, int]]) -> bytes:

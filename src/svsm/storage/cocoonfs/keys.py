@@ -7,13 +7,10 @@ derived once it keeps (one context costs more than the block it is used for).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from cryptography.hazmat.primitives.hmac import HMAC
 
-from svsm.formats.record import Buffer
 from svsm.storage.cocoonfs.layout import BITMAP_INODE, INDEX_INODE, MAGIC, ImageLayout, StaticHeader
-from svsm.storage.cocoonfs.primitives import CBC_MODE_ID, hash_algorithm, hmac_state, kdf_a
+from svsm.storage.cocoonfs.primitives import CBC_MODE_ID, Crypt, hash_algorithm, hmac_state, kdf_a
 
 __all__ = ["BITMAP_DOMAIN", "COUNTER_DOMAIN", "INDEX_DOMAIN", "JOURNAL_DOMAIN", "Keys"]
 
@@ -27,8 +24,6 @@ _EXTENTS_LIST, _DATA = 1, 2
 _DERIVATION, _AUTH_ROOT, _AUTH_DATA, _PREAUTH, _ENCRYPTION = (bytes([n]) for n in range(1, 6))
 _SHA512 = 0x000D
 _KEPT_CONTEXTS = 256
-
-Crypt = Callable[[Buffer], bytes]
 
 
 def _root_key(key: bytes, header: StaticHeader) -> bytes:

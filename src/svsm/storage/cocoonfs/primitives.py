@@ -37,6 +37,7 @@ __all__ = [
     "SHA256",
     "TDES",
     "CipherAlgorithm",
+    "Crypt",
     "HashAlgorithm",
     "checksum",
     "cipher_algorithm",
@@ -121,15 +122,42 @@ def _camellia(key: bytes) -> BlockCipherAlgorithm:
         return Camellia(key)
 
 
+def _triple_des(key: bytes) -> BlockCipherAlgorithm:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from cryptography.hazmat.decrepit.ciphers.algorithms import TripleDES
+
+        return TripleDES(key if len(key) == 24 else key + key[:8])
+
+
 _CIPHERS: dict[tuple[int, int], Callable[[bytes], BlockCipherAlgorithm]] = {
     (0x0006, 128): algorithms.AES,
     (0x0006, 192): algorithms.AES,
     (0x0006, 256): algorithms.AES,
+    (TDES, 128): _triple_des,
+    (TDES, 192): _triple_des,
     (0x0013, 128): algorithms.SM4,
     (0x0026, 128): _camellia,
     (0x0026, 192): _camellia,
     (0x0026, 256): _camellia,
 }
+
+
+class Crypt:
+    """Encryption or decryption on one long-lived context.
+
+    Attributes:
+        block_bytes: Block and IV length.
+    """
+
+    __slots__ = ("_skip", "_update", "block_bytes")
+
+    def __init__(self, update: Callable[[Buffer], bytes], block_bytes: int, skip: int) -> None:
+        self._update, self.block_bytes, self._skip = update, block_bytes, skip
+
+    def __call__(self, data: Buffer) -> bytes:
+        """The next bytes, without the first block where that is of no use."""
+        return self._update(data)[self._skip :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +180,7 @@ class CipherAlgorithm:
     @property
     def block_bytes(self) -> int:
         """Block and IV length in bytes."""
-        return _BLOCK
+        return 8 if self.tcg_id == TDES else _BLOCK
 
     @property
     def encoded(self) -> bytes:
@@ -162,14 +190,15 @@ class CipherAlgorithm:
     def _cbc(self, key: bytes, iv: bytes) -> Cipher[modes.ModeWithInitializationVector]:
         return Cipher(_CIPHERS[self.tcg_id, self.key_bits](key), modes.CBC(iv))
 
-    def decryptor(self, key: bytes) -> Callable[[Buffer], bytes]:
+    def decryptor(self, key: bytes) -> Crypt:
         """A function ``IV || ciphertext -> plaintext`` on one long-lived context; both multiples of the block."""
-        update = self._cbc(key, bytes(_BLOCK)).decryptor().update
-        return lambda data: update(data)[_BLOCK:]
+        block = self.block_bytes
+        return Crypt(self._cbc(key, bytes(block)).decryptor().update, block, block)
 
-    def encryptor(self, key: bytes) -> Callable[[Buffer], bytes]:
+    def encryptor(self, key: bytes) -> Crypt:
         """A function ``random block || plaintext -> IV || ciphertext`` on one long-lived context."""
-        return self._cbc(key, bytes(_BLOCK)).encryptor().update
+        block = self.block_bytes
+        return Crypt(self._cbc(key, bytes(block)).encryptor().update, block, 0)
 
     def encrypt_with_iv(self, key: bytes, iv: bytes, plaintext: bytes) -> bytes:
         """CBC with a given IV, whole blocks."""

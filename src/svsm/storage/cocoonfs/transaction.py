@@ -154,7 +154,7 @@ class _Layout:
 
     def _place(self, inode: int, data: bytes) -> bytes:
         size = self.layout.ab_bytes
-        length = align_up(extents_bytes_needed(len(data)), size) // size
+        length = align_up(extents_bytes_needed(len(data), self.layout.cipher.block_bytes), size) // size
         extents = self.space.for_file(length)
         sealed = encrypt_extents(self.keys.encryptor(inode), data, length * size, self.random)
         self._lay(extents, sealed)

@@ -252,7 +252,7 @@ def test_disguise(cipher: tuple[int, int]) -> None:
 @given(st.binary(max_size=600))
 def test_file_entity(data: bytes) -> None:
     keys = Keys(b"key", STATIC)
-    needed = extents_bytes_needed(len(data))
+    needed = extents_bytes_needed(len(data), 16)
     total = -(-needed // 128) * 128
     sealed = encrypt_extents(keys.encryptor(16), data, total, lambda n: b"r" * n)
     assert len(sealed) == total

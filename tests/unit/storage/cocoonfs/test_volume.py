@@ -371,7 +371,7 @@ def test_unknown_algorithms() -> None:
     for field, value, code in [
         ("auth_tree_node_hash", 5, "cocoonfs-unsupported-hash"),
         ("kdf_hash", 0xFFFF, "cocoonfs-unsupported-hash"),
-        ("cipher_algorithm", 3, "cocoonfs-unsupported-cipher"),
+        ("cipher_algorithm", 2, "cocoonfs-unsupported-cipher"),
         ("cipher_key_bits", 512, "cocoonfs-unsupported-cipher"),
     ]:
         layout = DEFAULT_LAYOUT.replace(**{field: value})
