@@ -99,6 +99,9 @@ class Device:
 class DeviceRegisters(Protocol):
     """A device's register window. Every value that comes out of it is the host's."""
 
+    expires: float
+    """No access outlasts this (`time.monotonic`); infinity at first."""
+
     @property
     def size_bytes(self) -> int:
         """Of the window."""
@@ -118,6 +121,9 @@ class DeviceRegisters(Protocol):
 
 class DevicePorts(Protocol):
     """The machine's I/O ports. Every value that comes out of one is the host's."""
+
+    expires: float
+    """No access outlasts this (`time.monotonic`); infinity at first."""
 
     def in8(self, port: int, count: int = 1) -> bytes:
         """Read a port's byte, so many times."""

@@ -9,17 +9,23 @@ where registers lie and memory never does, ports must be ports, and no two devic
 here is refused before anything was touched.
 
 The shared memory for devices is cut into two parts, so that neither device has a say in what the other one moves.
+
+Setting a device up is a hundred accesses, each of which the host may answer in the last moment; all of them together
+have one deadline.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 from svsm.abi.channel import Channel
 from svsm.abi.errors import ProtocolError
-from svsm.abi.platform import PAGE_SIZE, Gpa, Platform
+from svsm.abi.platform import PAGE_SIZE, DevicePorts, DeviceRegisters, Gpa, Platform
 from svsm.formats.boot_devices import SERIAL_PORTS, BootDevice, BootDevices, PciHost, SerialPort, VirtioMmio
 from svsm.formats.record import Buffer
 from svsm.formats.snp import ghcb
@@ -27,7 +33,7 @@ from svsm.formats.virtio import MMIO_WINDOW_BYTES, DeviceType
 from svsm.kernel.channels.uart16550 import UartChannel
 from svsm.kernel.channels.virtio_console import ConsoleChannel
 from svsm.kernel.channels.vsock import VsockChannel
-from svsm.kernel.resettable import ResettableDisk
+from svsm.kernel.resettable import ResettableDisk, ResettableDriver
 from svsm.storage.drivers.dma import DmaMemory
 from svsm.storage.drivers.nvme.disk import NvmeDisk, NvmePolicy
 from svsm.storage.drivers.nvme.pci import ConfigurationSpace, enable_memory_bar, find_nvme
@@ -49,6 +55,8 @@ MAX_DEVICES: Final = 32
 CHANNEL_MEMORY_BYTES: Final = 0x8_0000
 """Of the shared memory for devices, the last part; the disk has the rest."""
 DISK_MEMORY_BYTES: Final = ghcb.DEVICE_MEMORY_BYTES - CHANNEL_MEMORY_BYTES
+SETUP_SECONDS: Final = 30.0
+"""For all accesses that set a device up, or reset it."""
 DISK_SECONDS: Final = 10.0
 """Nobody is served while the kernel waits for its disk, so its patience is everybody's: long enough for a host that
 writes out its cache, short enough for a TPM's client."""
@@ -137,17 +145,38 @@ def open_disk(
     """
     gpa, memory = platform.device_memory()
     part = DmaMemory(memory[:DISK_MEMORY_BYTES], address=gpa)
+    driver: ResettableDriver
     if isinstance(device, VirtioMmio):
-        blk = VirtioBlk(_virtio(platform, device), part, policy=VIRTIO_POLICY)
-        return ResettableDisk(blk, on_reset=on_reset)
-    if isinstance(device, PciHost):
-        space = ConfigurationSpace(platform.ports())
-        base, size = enable_memory_bar(
-            space, find_nvme(space), window_gpa=device.window_gpa, window_bytes=device.window_bytes
-        )
-        nvme = NvmeDisk(platform.registers(Gpa(base), size), part, policy=NVME_POLICY)
-        return ResettableDisk(nvme, on_reset=on_reset)
-    raise _wrong_kind(device, "disk")
+        registers = platform.registers(Gpa(device.gpa), device.size_bytes)
+        with _in_time(registers):
+            driver = VirtioBlk(MmioTransport(registers), part, policy=VIRTIO_POLICY)
+    elif isinstance(device, PciHost):
+        registers = _nvme_registers(platform, device)
+        with _in_time(registers):
+            driver = NvmeDisk(registers, part, policy=NVME_POLICY)
+    else:
+        raise _wrong_kind(device, "disk")
+    return ResettableDisk(driver, on_reset=on_reset, limit=lambda: _in_time(registers))
+
+
+def _nvme_registers(platform: Platform, device: PciHost) -> DeviceRegisters:
+    """BAR 0 of the first NVMe controller, put into the window."""
+    ports = platform.ports()
+    with _in_time(ports):
+        space = ConfigurationSpace(ports)
+        window = {"window_gpa": device.window_gpa, "window_bytes": device.window_bytes}
+        base, size = enable_memory_bar(space, find_nvme(space), **window)
+    return platform.registers(Gpa(base), size)
+
+
+@contextlib.contextmanager
+def _in_time(access: DeviceRegisters | DevicePorts) -> Iterator[None]:
+    """All accesses in this context have one deadline."""
+    access.expires = time.monotonic() + SETUP_SECONDS
+    try:
+        yield
+    finally:
+        access.expires = math.inf
 
 
 def open_channel(platform: Platform, device: BootDevice) -> Channel:
@@ -158,15 +187,19 @@ def open_channel(platform: Platform, device: BootDevice) -> Channel:
         BackendError: ``platform-host-…``, ``channel-…``.
     """
     if isinstance(device, SerialPort):
-        return UartChannel(platform.ports(), base=device.port)
+        ports = platform.ports()
+        with _in_time(ports):
+            return UartChannel(ports, base=device.port)
     if isinstance(device, VirtioMmio):
-        transport = _virtio(platform, device)
-        driver = _VIRTIO_CHANNELS.get(transport.device_type)
-        if driver is not None:
-            gpa, memory = platform.device_memory()
-            part = DmaMemory(memory[DISK_MEMORY_BYTES:], address=gpa + DISK_MEMORY_BYTES)
-            return driver(transport, part, platform.fileno())
-        transport.close()
+        registers = platform.registers(Gpa(device.gpa), device.size_bytes)
+        with _in_time(registers):
+            transport = MmioTransport(registers)
+            driver = _VIRTIO_CHANNELS.get(transport.device_type)
+            if driver is not None:
+                gpa, memory = platform.device_memory()
+                part = DmaMemory(memory[DISK_MEMORY_BYTES:], address=gpa + DISK_MEMORY_BYTES)
+                return driver(transport, part, platform.fileno())
+            transport.close()
     raise _wrong_kind(device, "key channel")
 
 
@@ -183,10 +216,6 @@ _VIRTIO_CHANNELS: Final[Mapping[int, Callable[[MmioTransport, DmaMemory, int], C
     DeviceType.VSOCK: _vsock,
 }
 """By the type that the device names."""
-
-
-def _virtio(platform: Platform, device: VirtioMmio) -> MmioTransport:
-    return MmioTransport(platform.registers(Gpa(device.gpa), device.size_bytes))
 
 
 def _wrong_kind(device: BootDevice, use: str) -> ProtocolError:

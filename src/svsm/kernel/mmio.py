@@ -10,6 +10,7 @@ names is ever memory; an offset is the driver's, and stays in the window. Each a
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Final
 
@@ -57,6 +58,7 @@ class MmioRegisters:
                 "the host names registers where none may be", code="platform-mmio", gpa=gpa, length=size_bytes
             )
         self.size_bytes = size_bytes
+        self.expires = math.inf
         self._host = host
         self._window = window
         self._gpa = gpa
@@ -97,7 +99,7 @@ class MmioRegisters:
     def _exit(self, code: ghcb.ExitCode, offset: int) -> None:
         if offset % ghcb.MMIO_WIDTH_BYTES or not 0 <= offset <= self.size_bytes - ghcb.MMIO_WIDTH_BYTES:
             raise StateError("the window has no such register", code="platform-register", offset=offset)
-        deadline = time.monotonic() + self._seconds
+        deadline = min(time.monotonic() + self._seconds, self.expires)
         where = (self._gpa + offset, ghcb.MMIO_WIDTH_BYTES)
         answer = self._host.exit(code, *where, 0, 0, self._scratch, deadline=deadline)
         if answer.arguments[ghcb.ANSWER_INFO_2]:

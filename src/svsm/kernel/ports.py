@@ -10,6 +10,7 @@ wrong one to touch; which ports are which device's is for who drives it. Each ac
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Final
 
@@ -39,6 +40,7 @@ class IoPorts:
         self._window = window
         self._scratch = scratch_gpa
         self._seconds = seconds
+        self.expires = math.inf
 
     def in8(self, port: int, count: int = 1) -> bytes:
         """Read a port's byte, so many times.
@@ -107,7 +109,7 @@ class IoPorts:
         self._exit(ghcb.IoAccess(port, width_bytes, reading=False, string=False), value=value & _mask(width_bytes))
 
     def _exit(self, access: ghcb.IoAccess, *, count: int = 0, value: int = 0) -> Message:
-        deadline = time.monotonic() + self._seconds
+        deadline = min(time.monotonic() + self._seconds, self.expires)
         scratch = self._scratch if access.string else 0
         answer = self._host.exit(ghcb.ExitCode.IOIO, access.pack(), count, value, 0, scratch, deadline=deadline)
         if answer.arguments[ghcb.ANSWER_INFO_2]:

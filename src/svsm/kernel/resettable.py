@@ -15,6 +15,7 @@ in a kernel's life, so that a device which fails for ever does not keep the kern
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol, TypeVar
 
@@ -44,11 +45,19 @@ class ResettableDisk:
     Args:
         driver: The driver.
         on_reset: Told the code of the fault after which the disk was reset.
+        limit: A context in which a reset ends in time.
     """
 
-    def __init__(self, driver: ResettableDriver, *, on_reset: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        driver: ResettableDriver,
+        *,
+        on_reset: Callable[[str], None],
+        limit: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
         self._driver = driver
         self._on_reset = on_reset
+        self._limit = limit
         self._left = MAX_RESETS
 
     @property
@@ -115,7 +124,8 @@ class ResettableDisk:
         self._left -= 1
         before = (self._driver.block_size_bytes, self._driver.read_only)
         try:
-            self._driver.reconnect()
+            with self._limit():
+                self._driver.reconnect()
         except SvsmError:
             return False
         if (self._driver.block_size_bytes, self._driver.read_only) != before:

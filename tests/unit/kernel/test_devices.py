@@ -14,13 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svsm.abi.errors import BackendError, FormatError, ProtocolError, SvsmError
-from svsm.abi.platform import Gpa
+from svsm.abi.platform import Gpa, Platform
 from svsm.formats.boot_devices import BootDevice, BootDevices, PciHost, SerialPort, VirtioMmio
 from svsm.formats.settings import Settings
 from svsm.formats.snp import ghcb
 from svsm.formats.snp.hardware_messages import Message
 from svsm.host.devices.uart16550 import UartModel
 from svsm.host.hypervisor import Hypervisor
+from svsm.kernel import devices
 from svsm.kernel.boot import Kernel
 from svsm.kernel.channels.virtio_line import LinePolicy, line_memory_bytes
 from svsm.kernel.console import Console
@@ -46,9 +47,9 @@ _PCI = PciHost(0xE000_0000, 16 << 20)
 _END = ghcb.MMIO_GPA + ghcb.MMIO_BYTES
 
 
-def area(*devices: BootDevice, disk: BootDevice | None = None, key_channel: BootDevice | None = None) -> bytes:
+def area(*found: BootDevice, disk: BootDevice | None = None, key_channel: BootDevice | None = None) -> bytes:
     """As the loader fills it."""
-    return BootDevices(devices, disk, key_channel).tree().pack().ljust(0x4000, b"\0")
+    return BootDevices(found, disk, key_channel).tree().pack().ljust(0x4000, b"\0")
 
 
 def test_each_driver_fits_its_part_of_the_memory() -> None:
@@ -63,7 +64,7 @@ def test_no_memory_is_where_registers_may_be() -> None:
 
 
 @pytest.mark.parametrize(
-    "devices",
+    "found",
     [
         (),
         (_VIRTIO, _COM3, _PCI, SerialPort(0x2F8), VirtioMmio(0xFEB0_0200)),
@@ -73,12 +74,12 @@ def test_no_memory_is_where_registers_may_be() -> None:
         tuple(VirtioMmio(0xFEB0_0000 + 0x200 * index) for index in range(MAX_DEVICES)),
     ],
 )
-def test_places_that_may_be_used(devices: tuple[BootDevice, ...]) -> None:
-    assert set(read_devices(area(*devices)).devices) == set(devices)
+def test_places_that_may_be_used(found: tuple[BootDevice, ...]) -> None:
+    assert set(read_devices(area(*found)).devices) == set(found)
 
 
 @pytest.mark.parametrize(
-    ("devices", "code"),
+    ("found", "code"),
     [
         ((VirtioMmio(0),), "device-place"),
         ((VirtioMmio(ghcb.DEVICE_MEMORY_GPA),), "device-place"),
@@ -109,9 +110,9 @@ def test_places_that_may_be_used(devices: tuple[BootDevice, ...]) -> None:
         (tuple(VirtioMmio(0xFEB0_0000 + 0x200 * index) for index in range(MAX_DEVICES + 1)), "device-count"),
     ],
 )
-def test_places_that_are_refused(devices: tuple[BootDevice, ...], code: str) -> None:
+def test_places_that_are_refused(found: tuple[BootDevice, ...], code: str) -> None:
     with pytest.raises(ProtocolError) as refused:
-        read_devices(area(*devices))
+        read_devices(area(*found))
     assert refused.value.code == code
 
 
@@ -292,6 +293,28 @@ def test_a_virtio_window_with_another_device_is_no_disk() -> None:
     with running_machine(host=OtherVirtio) as machine, pytest.raises(ProtocolError) as refused:
         open_disk(machine.platform, dataclasses.replace(_VIRTIO))
     assert refused.value.code.startswith("virtio-")
+
+
+class Slow(WithPorts):
+    """Answers everything, each time a little late."""
+
+    def _exit(self, message: Message) -> Message | None:
+        if message.arguments[0] in (ghcb.ExitCode.IOIO, ghcb.ExitCode.MMIO_READ, ghcb.ExitCode.MMIO_WRITE):
+            time.sleep(0.05)
+        return super()._exit(message)
+
+
+@pytest.mark.parametrize("opened", [lambda platform: open_disk(platform, _PCI), lambda p: open_channel(p, _COM3)])
+def test_a_host_that_is_slow_in_everything_does_not_keep_the_kernel(
+    monkeypatch: pytest.MonkeyPatch, opened: Callable[[Platform], object]
+) -> None:
+    monkeypatch.setattr(devices, "SETUP_SECONDS", 0.3)
+    with running_machine(host=Slow) as machine:
+        begun = time.monotonic()
+        with pytest.raises(BackendError) as late:
+            opened(machine.platform)
+        assert late.value.code == "platform-host-deadline"
+        assert time.monotonic() - begun < 4
 
 
 # ---- the kernel itself ----------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -174,3 +175,20 @@ def test_a_disk_that_is_another_after_the_reset(machine: Machine, disk: Resettab
     with pytest.raises(BackendError):
         disk.read([(0, 512)])
     assert not resets
+
+
+def test_a_reset_is_made_within_its_limit(machine: Machine) -> None:
+    seen: list[str] = []
+
+    @contextlib.contextmanager
+    def limit() -> Iterator[None]:
+        seen.append("begun")
+        yield
+        seen.append("ended")
+
+    disk = ResettableDisk(machine.driver, on_reset=seen.append, limit=limit)
+    disk.read([(0, 512)])
+    assert not seen
+    machine.device.needs_reset()
+    disk.read([(0, 512)])
+    assert seen == ["begun", "ended", "virtio-needs-reset"]
