@@ -222,7 +222,9 @@ def run(attack: Attack | MessageAttack, ring: str) -> Outcome:
         trial = VhostUserTrial(attack.install, ring, options=attack.options, queues=attack.queues)
         trial.message = attack
         if attack.deadline_seconds is not None:
-            trial.deadline_seconds = trial.answer_seconds = attack.deadline_seconds
+            trial.deadline_seconds = attack.deadline_seconds
+            if attack.expected.kind is Kind.REFUSED:
+                trial.answer_seconds = attack.deadline_seconds
         return _carry_out(trial, attack.after)
     trial = VhostUserTrial(
         attack.install, ring, options=attack.options, queues=attack.queues, memory_type=attack.memory_type
