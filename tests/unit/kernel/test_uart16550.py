@@ -99,6 +99,53 @@ def test_it_is_set_up_as_8n1_with_fifos() -> None:
     assert port.registers[1] == 0
 
 
+class Filling(Port):
+    """A FIFO as QEMU fills it: to the trigger and no further, a little later; a timeout hides that it is full again."""
+
+    def __init__(self, *, timeout: bool) -> None:
+        super().__init__()
+        self.coming = bytearray()
+        self.timeout = timeout
+        self.timed_out = False
+
+    def _fill(self) -> None:
+        room = 14 - len(self.line)
+        self.line += self.coming[:room]
+        del self.coming[:room]
+
+    def _one(self, register: int) -> int:
+        if register == 0:
+            self.timed_out = False
+            value = super()._one(register)
+            if self.timeout:
+                self._fill()
+            return value
+        if register == 2 and self.timed_out:
+            return 0xCC
+        return super()._one(register)
+
+    def wait_interrupt(self, line: int, seconds: float) -> bool:
+        """What is coming comes; when nothing does, the port says so."""
+        super().wait_interrupt(line, seconds)
+        self._fill()
+        self.timed_out = self.timeout or len(self.line) < 14
+        return True
+
+
+@pytest.mark.parametrize("timeout", [False, True])
+def test_a_fifo_that_is_filling_is_taken_in_bursts(timeout: bool) -> None:
+    port = Filling(timeout=timeout)
+    made = channel(port)
+    data = random.Random(2).randbytes(14 * 20)
+    port.line += data[:5]
+    port.coming += data[5:]
+    reads, taken = port.reads, b""
+    while len(taken) < len(data):
+        taken += made.receive(len(data) - len(taken), deadline=port.now + 10)
+    assert taken == data
+    assert port.reads - reads < 0.5 * len(data), "byte by byte it is three accesses each"
+
+
 @pytest.mark.parametrize("fifo", [True, False])
 def test_both_ways(fifo: bool) -> None:
     port = Port(fifo=fifo)

@@ -3,8 +3,9 @@
 
 Theory. The port is the host's: every register it answers with is hostile, and so is every byte. The driver polls, and
 sleeps on the port's interrupt where the platform can tell of it, never longer than `poll_seconds`. Sending waits for
-an empty FIFO (LSR.THRE) and then fills it; receiving takes 14 bytes at once where IIR says that so many are there,
-else one at a time after a look at LSR.DR. Each call ends at its deadline, whatever the port does.
+an empty FIFO (LSR.THRE) and then fills it; receiving takes 14 bytes at once where IIR says that so many are there
+(a FIFO that is filling gets a moment), else one at a time after a look at LSR.DR. Each call ends at its deadline,
+whatever the port does.
 
 There is no end of stream on a serial line: `receive` never returns b"". Bytes that the port knows it has lost (an
 overrun), a damaged byte or a break cannot be mended by anybody, because frames on this line have no way to find their
@@ -32,6 +33,10 @@ COM3: Final = (0x3E8, 4)
 
 _FIFO_BYTES: Final = 16
 _TRIGGER_BYTES: Final = 14
+_FILL_SECONDS: Final = 0.001
+"""Longer than a port waits before it tells of a FIFO that does not fill: four characters, 350 µs."""
+_FILL_LOOKS: Final = 2
+"""The first interrupt may be an old one."""
 _ALL_ONES: Final = 0xFF
 _SCRATCH_VALUES: Final = b"\xa5\x5a"
 
@@ -54,7 +59,7 @@ _FIFO_ON_CLEAR_TRIGGER_14 = 0xC7
 _FIFO_WORKS = 0xC0
 _DTR_RTS_OUT2 = 0x0B
 _RECEIVE_INTERRUPT = 0x01
-_IDENTITY_MASK, _IDENTITY_TRIGGER = 0x0F, 0x04
+_IDENTITY_MASK, _IDENTITY_NONE, _IDENTITY_TRIGGER, _IDENTITY_TIMEOUT = 0x0F, 0x01, 0x04, 0x0C
 _DATA_READY, _OVERRUN, _PARITY, _FRAMING, _BREAK, _SEND_EMPTY = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
 _LOST: Final = ((_OVERRUN, "overrun"), (_BREAK, "break"), (_PARITY, "parity"), (_FRAMING, "framing"))
 
@@ -181,12 +186,33 @@ class UartChannel:
         """What the FIFO holds; ends at `most` bytes and at the deadline, for a host that never runs dry."""
         taken = bytearray()
         while len(taken) < most and self._line_status() & _DATA_READY:
-            identity = self._read(_Register.INTERRUPT_IDENTITY) if most - len(taken) >= _TRIGGER_BYTES else 0
-            full = self._burst_bytes > 1 and identity & _IDENTITY_MASK == _IDENTITY_TRIGGER
-            taken += self._reads(_Register.DATA, _TRIGGER_BYTES if full else 1)
+            taken += self._some(most - len(taken))
             if self._clock() >= deadline:
                 break
         return bytes(taken)
+
+    def _some(self, wanted: int) -> bytes:
+        """A part of what a FIFO that is not empty holds: 14 bytes in one access where they are there, or one."""
+        if self._burst_bytes == 1 or wanted < _TRIGGER_BYTES:
+            return self._reads(_Register.DATA, 1)
+        taken = b""
+        identity = self._identity()
+        if identity == _IDENTITY_TIMEOUT and wanted > _TRIGGER_BYTES:
+            # The timeout comes before the trigger in IIR, also when the FIFO has filled since; a read ends it.
+            taken = self._reads(_Register.DATA, 1)
+            identity = self._identity()
+        for _ in range(_FILL_LOOKS):
+            if identity != _IDENTITY_NONE:
+                break
+            # Fewer than the trigger, and the last of them new: more are on their way, or the port's timeout is.
+            self._ports.wait_interrupt(self._interrupt, _FILL_SECONDS)
+            identity = self._identity()
+        if identity == _IDENTITY_TRIGGER:
+            return taken + self._reads(_Register.DATA, _TRIGGER_BYTES)
+        return taken or self._reads(_Register.DATA, 1)
+
+    def _identity(self) -> int:
+        return self._read(_Register.INTERRUPT_IDENTITY) & _IDENTITY_MASK
 
     def fileno(self) -> int:
         """The platform's descriptor for interrupts."""
