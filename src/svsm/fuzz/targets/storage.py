@@ -19,6 +19,7 @@ from svsm.fuzz.choices import Choices
 from svsm.fuzz.target import Target, expect, judge
 from svsm.storage.cocoonfs import encoding
 from svsm.storage.cocoonfs.auxarea import aux_extents
+from svsm.storage.cocoonfs.check import check
 from svsm.storage.cocoonfs.decision import Decision, FoundJournal
 from svsm.storage.cocoonfs.entities import block_payload_bytes
 from svsm.storage.cocoonfs.headers import probe
@@ -132,7 +133,11 @@ def _open(data: bytes) -> None:
         image = _another_layout(choices, image)
     device = MemoryDevice(_damaged(choices, image))
     judge(lambda: probe(device))
+    before = bytes(device.data)
+    report = check(device, _KEY)
+    expect(bytes(device.data) == before, "a check writes nothing")
     volume = Volume.open(device, _KEY, random=_random(2000))
+    expect(report.opened, "what opens, opens for a check")
     expect(_contents(volume) == _OLD, "a volume that opens holds what was written")
     if choices.flag():
         transaction = volume.transaction()

@@ -99,9 +99,10 @@ class BlockMap:
         """From little-endian bits, a whole number of 64-bit words; None where a bit beyond the end is set."""
         found = cls(layout, size_ab)
         step = _CHUNK // 8
+        nothing = bytes(step)
         for number, at in enumerate(range(0, len(words), step)):
             piece = words[at : at + step]
-            if not any(piece):
+            if piece == nothing[: len(piece)]:
                 continue
             room = max(0, min(_CHUNK, size_ab - number * _CHUNK))
             states = parse_states(piece)
@@ -181,8 +182,9 @@ class BlockMap:
         if not changed:
             return
         self.free_ab += changed if state == 0 else -changed
-        self._kinds[number], self._classes[number] = _UNKNOWN_KINDS, _UNKNOWN_CLASS
-        self._units[number] = _UNKNOWN_UNITS
+        self._kinds[number], self._units[number] = _UNKNOWN_KINDS, _UNKNOWN_UNITS
+        if state == 0:
+            self._classes[number] = _UNKNOWN_CLASS  # taking makes no run longer: the class stays as an upper bound
         if high - low == _CHUNK:
             self._chunks[number] = _ALL_USED if state else _ALL_FREE
             self._settle(number)
@@ -238,33 +240,38 @@ class BlockMap:
                 break
         return total
 
-    def _candidates(self, summaries: bytearray, pattern: re.Pattern[bytes]) -> Iterator[int]:
-        at = 0
-        while (match := pattern.search(summaries, at)) is not None:
-            number, at = match.start(), match.end()
-            self._known(number)
-            if pattern.match(summaries, number):
-                yield number
-
     def first_run(self, length: int, unit: int) -> int | None:
         """Begin of the first free run of `length` blocks that starts on a multiple of `unit`, or None."""
         if length <= _CHUNK:
-            for number in self._candidates(self._classes, _CLASSES[length.bit_length()]):
+            classes, at = _CLASSES[length.bit_length()], 0
+            runs = re.compile(rb"\0{%d,}" % length)
+            while (found := classes.search(self._classes, at)) is not None:
+                number, at = found.start(), found.end()
                 base = number * _CHUNK
-                for match in _FREE.finditer(self._chunks[number]):
+                for match in runs.finditer(self._chunks[number]):
                     begin = align_up(base + match.start(), unit)
                     if begin + length <= base + match.end():
                         return begin
+                self._known(number)
         for start, run in self.runs():
             begin = align_up(start, unit)
             if begin + length <= start + run:
                 return begin
         return None
 
+    def _of_kind(self, kind: int) -> Iterator[int]:
+        """Chunks that have a run of this kind."""
+        at = 0
+        while (match := _KINDS[kind].search(self._kinds, at)) is not None:
+            number, at = match.start(), match.end()
+            self._known(number)
+            if self._kinds[number] >> kind & 1:
+                yield number
+
     def smallest_run(self, length: int, unit: int) -> int | None:
         """The same in a hole that is as small as possible; of the longer ones the smallest of the first chunk."""
         for kind in range(min(length, _SHORT) - 1, _SHORT):
-            for number in self._candidates(self._kinds, _KINDS[kind]):
+            for number in self._of_kind(kind):
                 base = number * _CHUNK
                 best: tuple[int, int] | None = None
                 for match in _FREE.finditer(self._chunks[number]):

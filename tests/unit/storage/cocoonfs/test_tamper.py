@@ -11,6 +11,7 @@ import pytest
 
 from svsm.formats.errors import FormatError, IntegrityError
 from svsm.storage.cocoonfs import Volume
+from svsm.storage.cocoonfs.check import Severity, check
 from svsm.storage.cocoonfs.layout import MutableHeader
 from svsm.storage.drivers.memory import MemoryDevice
 from tests.unit.storage.cocoonfs.fsck import image_of
@@ -97,6 +98,21 @@ def test_sample_of_bytes() -> None:
     # All of the journal's head but a changed magic (it has none) is ignored; all of the padding is.
     assert counted["mutable header padding"] == 16
     assert counted["inactive journal head"] == 512
+
+
+def test_check_tells_the_same() -> None:
+    """A check of a changed volume finds an error exactly where the change lies inside authentication."""
+    content, _ = _volume()
+    outside = set().union(*_unauthenticated(content).values())
+    device = MemoryDevice(content)
+    good = 0
+    for offset in range(7, len(content), 331):
+        device.data[offset] ^= 0x5A
+        report = check(device, KEY)
+        assert (report.worst is not Severity.ERROR) == (offset in outside), f"byte {offset:#x}: {report.findings}"
+        good += report.is_good
+        device.data[offset] ^= 0x5A
+    assert 10 < good < 100
 
 
 @pytest.mark.long
