@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from svsm.formats.errors import StateError
 from svsm.fuzz.target import Target
-from svsm.fuzz.targets import attestation, disks, evidence, guest, host, images, messages, storage
+from svsm.fuzz.targets import attestation, channels, disks, evidence, guest, host, images, messages, storage
 
 __all__ = ["TARGETS", "find"]
 
@@ -14,6 +14,7 @@ TARGETS: tuple[Target, ...] = (
     *evidence.ROWS,
     *messages.ROWS,
     *attestation.ROWS,
+    *channels.ROWS,
     *storage.ROWS,
     *guest.ROWS,
     *host.ROWS,
