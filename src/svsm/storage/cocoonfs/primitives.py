@@ -5,8 +5,8 @@ Everything in the file system that computes a hash, a MAC, a cipher or a checksu
 measured payload needs neither `hashlib` nor `hmac` of the standard library (they would bind the system's libcrypto).
 
 SHA-1 and TDES exist only behind a flag that whoever makes or opens a volume has to set (`weak` here, `allow_weak`
-there). TDES and Camellia are imported only when a volume names them. That keeps nothing out of the measured payload: the
-part of pyca/cryptography they are in is loaded by its own binding anyway.
+there). TDES and Camellia are imported only when a volume names them. That keeps nothing out of the measured payload:
+the part of pyca/cryptography that they are in is loaded by its own binding anyway.
 
 Two shapes make the file system fast enough in Python: a MAC state prepared once per key and copied per message, and
 one long-lived CBC context per key and direction. A CBC decryptor that is fed ``IV || ciphertext`` yields one block
