@@ -3,6 +3,7 @@
 
     python -m tests.bench cocoonfs
     python -m tests.bench.bench_cocoonfs [--json FILE]
+    python -m tests.bench.bench_cocoonfs --curve
 
 Figures, no verdict. In-process times are the best of several, in memory, so without the disk's flushes; the line
 "with flushes" is on a file. The ratio compares like with like only in the whole-process column.
@@ -77,6 +78,43 @@ def _in_process(size: int) -> dict[str, float]:
         times["write 4 KiB, with flushes"] = _best(lambda: _write(on_file, 16, small))
         on_file.close()
     return times
+
+
+class _Unflushed(FileDevice):
+    """A file whose flushes do nothing: what the program takes, not what the medium does."""
+
+    def flush(self) -> None:
+        """Nothing."""
+
+
+def _small_commits(size: int) -> dict[str, float]:
+    """What a small commit takes in a volume of this size, in memory of a process of its own."""
+    with tempfile.NamedTemporaryFile(dir=Path.cwd()) as file:
+        file.truncate(size)
+        device = _Unflushed(os.open(file.name, os.O_RDWR))
+        Volume.create(device, KEY, salt=SALT)
+        device.close()
+        run = [sys.executable, "-m", "tests.bench.bench_cocoonfs", "--small-commits", file.name]
+        found: dict[str, float] = json.loads(subprocess.run(run, capture_output=True, check=True).stdout)
+        return found
+
+
+def _measure_small_commits(path: str) -> dict[str, float]:
+    volume = Volume.open(_Unflushed(os.open(path, os.O_RDWR)), KEY)
+    small, numbers = os.urandom(4096), iter(range(1000, 2000))
+    times = {
+        "write 4 KiB, new": _best(lambda: _write(volume, next(numbers), small), 30),
+        "write 4 KiB, replaced": _best(lambda: _write(volume, 16, small), 30),
+        "read 4 KiB": _best(lambda: volume.read(16), 30),
+    }
+    status = Path("/proc/self/status").read_text()
+    peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return {**times, "peak memory in MiB": int(peak.split()[1]) / 1024}
+
+
+def curve(sizes_mib: Sequence[int] = (8, 32, 128, 512, 1024)) -> dict[int, dict[str, float]]:
+    """A small commit in volumes of these sizes: its cost follows the tree's height, and nothing else."""
+    return {size: _small_commits(size * MIB) for size in sizes_mib}
 
 
 def _opener(image: bytes) -> Callable[[], object]:
@@ -154,7 +192,16 @@ def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     parser.add_argument("--sizes", type=int, nargs="+", default=[8, 128], metavar="MIB")
+    parser.add_argument("--curve", action="store_true", help="a small commit in volumes of 8 MiB to 1 GiB, only")
+    parser.add_argument("--small-commits", metavar="IMAGE", help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
+    if arguments.small_commits:
+        print(json.dumps(_measure_small_commits(arguments.small_commits)))
+        return 0
+    if arguments.curve:
+        for size, figures in curve().items():
+            print(f"{size:5} MiB  " + "  ".join(f"{name} {value:.2f}" for name, value in figures.items()))
+        return 0
     program = _program()
     result: dict[str, Any] = {
         "schema": 1,
