@@ -2,13 +2,14 @@
 """Every way that the key can come, without a machine: the kernel's channel, a device model, a scripted far end.
 
 A `FarEnd` is a proxy reduced to bytes: it answers whole frames, gives its bytes in pieces of any size, stops, hangs
-up, or never ends. `open_line` puts it behind one of the channels. All but *stream* run inline on a clock that moves
-only while the driver waits: a deadline passes at once, and every run is the same. *stream* is a socket pair with a
-thread at the far end, in real time.
+up, or never ends. `open_line` puts it behind one of the channels. All but *stream* run on a clock that moves only while
+the driver waits: a deadline passes at once, and every run is the same. *stream* is a socket pair in real time, whose
+far end has its turn before each `receive`. `FarEndThread` is the far end of a real device.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import select
 import socket
@@ -215,19 +216,49 @@ class _Ports:
         return -1
 
 
+class _PumpedStream(StreamChannel):
+    """The stream, whose far end gives one piece before each `receive`."""
+
+    def __init__(self, peer: Peer) -> None:
+        ours, self._far = socket.socketpair()
+        super().__init__(ours)
+        self._far.setblocking(False)
+        self._peer = peer
+        self._pending = b""
+
+    def receive(self, max_bytes: int, *, deadline: float) -> bytes:
+        """See `Channel.receive`."""
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):
+            self._pump_out()
+        return super().receive(max_bytes, deadline=deadline)
+
+    def _pump_out(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while data := self._far.recv(65536):
+                self._peer.write(data)
+        piece = self._pending or self._peer.read(65536)
+        if piece == b"":
+            self._far.shutdown(socket.SHUT_WR)
+        elif piece is not None:
+            self._pending = piece
+            self._pending = piece[self._far.send(piece, socket.MSG_NOSIGNAL) :]
+
+    def close(self) -> None:
+        """Both ends."""
+        super().close()
+        self._far.close()
+
+
 @dataclasses.dataclass(slots=True)
 class Line:
     """A channel, and its clock."""
 
     channel: Channel
     clock: Callable[[], float]
-    far: FarEndThread | None = None
 
     def close(self) -> None:
-        """Both ends."""
+        """The channel."""
         self.channel.close()
-        if self.far is not None:
-            self.far.end()
 
 
 @dataclasses.dataclass(slots=True)
@@ -283,10 +314,7 @@ def open_line(name: str, peer: Peer) -> Line:
         KeyError: There is no such line.
     """
     if name == "stream":
-        ours, theirs = socket.socketpair()
-        far = FarEndThread(theirs, peer)
-        far.start()
-        return Line(StreamChannel(ours), time.monotonic, far)
+        return Line(_PumpedStream(peer), time.monotonic)
     if name == "uart16550":
         clock = Clock()
         return Line(UartChannel(_Ports(UartModel(peer), clock), clock=clock), clock)
