@@ -214,6 +214,8 @@ class QueuedDisk(CheckedDevice, Generic[Shape]):
 
     def read(self, ranges: Sequence[Range]) -> list[bytes]:
         """The contents of each range; all of them are in flight together."""
+        if len(ranges) == 1:
+            self._expect_one("read")
         length = uniform_ranges(ranges, size_bytes=self._size, block_size_bytes=self._block_size)
         if 0 < length <= self._piece_bytes and self.fault is None and not self._closed:
             if len(ranges) == 1:
@@ -227,6 +229,17 @@ class QueuedDisk(CheckedDevice, Generic[Shape]):
         pieces = [(offset + at, min(limit, length - at)) for offset, length in ranges for at in range(0, length, limit)]
         parts = iter(self._read_all(pieces, sum(lengths)))
         return [b"".join(itertools.islice(parts, -(-length // limit))) for length in lengths]
+
+    def _expect_one(self, operation: str) -> None:
+        """Before anything else about a lone request, because what the device needs to wake up goes on meanwhile."""
+        if self.fault is None and not self._closed:
+            try:
+                self._announce()
+            except BackendError as error:
+                raise self._die(operation, error) from error
+
+    def _announce(self) -> None:
+        """Wake the device up for a lone request that is coming, where that helps."""
 
     def _move_one(self, operation: str, offset: int, length: int, data: Buffer | None) -> bytes:
         try:
@@ -256,6 +269,8 @@ class QueuedDisk(CheckedDevice, Generic[Shape]):
 
     def write(self, extents: Sequence[Extent]) -> None:
         """Write all extents; all of them are in flight together."""
+        if len(extents) == 1:
+            self._expect_one("write")
         length = uniform_extents(extents, size_bytes=self._size, block_size_bytes=self._block_size)
         if 0 < length <= self._piece_bytes and self.fault is None and not (self._closed or self._read_only):
             if len(extents) == 1:

@@ -53,8 +53,9 @@ class BlkPolicy:
         deadline_seconds: Without an answer for so long, plus a second for every MiB asked for, the device is dead.
         rekick_seconds: Notify again after so long without an answer.
         spins: How often to look before going to sleep.
-        early_kick: Notify the device also before a lone request is prepared: one that has just finished the last one
-            does not go to sleep, and one that sleeps wakes up meanwhile. For transports where a kick costs little.
+        early_kick: Notify the device also before a lone request is prepared and when it is done: one that serves lone
+            requests one after the other does not go to sleep between them, and one that sleeps wakes up meanwhile. It
+            costs the device two turns of its loop. For transports where a kick costs little.
     """
 
     read_only: bool = False
@@ -271,7 +272,7 @@ class VirtioBlk(QueuedDisk[Geometry]):
         while done < total:
             before = at, done
             for lane in self._lanes:
-                if at < total:
+                if at < total and lane.wants_more():
                     at, kick = lane.fill_writes(pieces, at) if results is None else lane.fill_reads(pieces, at)
                     if kick:
                         self._kick(lane)
@@ -282,11 +283,14 @@ class VirtioBlk(QueuedDisk[Geometry]):
                 self._await(deadline)
         return worst
 
+    def _announce(self) -> None:
+        """One more kick, where the policy wants it."""
+        if self._policy.early_kick:
+            self._transport.notify(0)
+
     def _single(self, offset: int, length: int, data: Buffer | None) -> tuple[int, bytes]:
         """One request, the short way: what can wait is done when the device is already at work."""
         lane, results = self._lanes[0], [b""]
-        if self._policy.early_kick:
-            self._transport.notify(0)
         _, kick = lane.fill_reads([(offset, length)], 0) if data is None else lane.fill_writes([(offset, data)], 0)
         if kick:
             self._transport.notify(0)
@@ -296,6 +300,7 @@ class VirtioBlk(QueuedDisk[Geometry]):
             pending = lane.queue.pending
             for _ in range(self._policy.spins):
                 if pending():
+                    self._announce()
                     break
             finished, status = lane.drain(None if data is not None else results)
             if finished:

@@ -31,6 +31,7 @@ _CONTROL_BYTES = 64
 _STATUS_OFFSET = 16
 _STATUS_SENTINEL = 0xFF
 _DATA = 1
+_REFILL_SHARE = 8
 _BATCH = 16
 """Requests that are published together: the device begins with these while the next are prepared."""
 _SECTOR_SHIFT = SECTOR_BYTES.bit_length() - 1
@@ -70,6 +71,7 @@ class Lane:
         self._large = list(range(large))
         self._small = list(range(slots - 1, large - 1, -1))
         self._boundary = large
+        self._enough = slots // _REFILL_SHARE
         control = memory.allocate(slots * _CONTROL_BYTES)
         self._headers = [(control + slot * _CONTROL_BYTES) // 8 for slot in range(slots)]
         self._statuses = [control + slot * _CONTROL_BYTES + _STATUS_OFFSET for slot in range(slots)]
@@ -102,10 +104,9 @@ class Lane:
         )
         self._forms[slot] = -512
 
-    @property
-    def free(self) -> int:
-        """Slots that are not in flight."""
-        return len(self._small) + len(self._large)
+    def wants_more(self) -> bool:
+        """Whether enough slots are free to be worth a kick, which costs the device a turn of its loop."""
+        return len(self._small) + len(self._large) >= self._enough or not self.queue.in_flight
 
     # ---- reads and writes ------------------------------------------------------------------------------------------
 
