@@ -40,7 +40,7 @@ from svsm.storage.cocoonfs.entities import (
     extents_bytes_needed,
 )
 from svsm.storage.cocoonfs.image import Image, entry_leaf_mac
-from svsm.storage.cocoonfs.index import Entry, IndexEditor, Node
+from svsm.storage.cocoonfs.index import Entry, IndexEditor, Leaf, Node
 from svsm.storage.cocoonfs.journal import (
     Copy,
     Disguise,
@@ -61,6 +61,7 @@ AUX_CHANGE = 0
 
 _COUNTER_LIMIT = 1 << 128
 _RESERVED_BITMAP_BLOCKS = 64
+_RESERVED_SHARE = 32  # at most this part of a volume is kept for removing many files at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,10 +376,24 @@ class _Layout:
     def _check_room(self) -> None:
         """Refuse what would leave too little room for the journal of a later removal."""
         reserve = self._reserve()
+        many = self.image.image_ab // self.layout.io_ab // _RESERVED_SHARE
+        if self.used.free_units(at_most=reserve + many) >= reserve + many:
+            return
+        reserve += self._leaves(many)
         if self.used.free_units(at_most=reserve) >= reserve:
             return
         if self.used.free_units() < self.image.used.free_units():
             raise no_space(self.image.used.free_ab - self.used.free_ab)
+
+    def _leaves(self, at_most: int) -> int:
+        """How many leaves the index has: a removal of many files may have to stage an IO block for each."""
+        count = 0
+        block: int | None = self.image.entry_leaf
+        while block is not None and count < at_most:
+            leaf = self.editor.node(block, 1)
+            block = leaf.following if isinstance(leaf, Leaf) else None
+            count += 1
+        return count
 
     def _reserve(self) -> int:
         """IO blocks that the journal of a removal may need."""
