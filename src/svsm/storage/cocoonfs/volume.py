@@ -64,13 +64,13 @@ class _Options:
 class Volume:
     """An opened volume. Made by `open` or `create`."""
 
-    def __init__(self, image: Image, options: _Options, *, head_is_clean: bool) -> None:
+    def __init__(self, image: Image, options: _Options, *, head_is_clean: bool, is_decided: bool = True) -> None:
         self._image = image
         self._options = options
         self._head_is_clean = head_is_clean
         self._failed = False
         self._pending: PreparedCommit | None = None
-        if not (options.read_only or image.volume.io.device.read_only):
+        if is_decided and not (options.read_only or image.volume.io.device.read_only):
             self._settle_aux()
 
     def _settle_aux(self) -> None:
@@ -150,7 +150,7 @@ class Volume:
             image = pending.look_ahead(context, plan) if read_only else pending.carry_out(context, plan)
             return cls(image, options, head_is_clean=True)
         image = pending.old_state(context, plan)
-        volume = cls(image, options, head_is_clean=True)
+        volume = cls(image, options, head_is_clean=True, is_decided=answer is not Decision.UNKNOWN)
         if answer is Decision.UNKNOWN:
             volume._pending = PreparedCommit(plan.found, lambda yes: volume._settle(plan, yes=yes))
         elif not read_only:
@@ -400,6 +400,7 @@ class Volume:
                 self._image = pending.carry_out(image.volume, plan)
             else:
                 self._clear_head()
+            self._settle_aux()
         self._pending = None
 
     def _clear_head(self) -> None:

@@ -12,6 +12,8 @@ import pytest
 from svsm.formats.errors import IntegrityError, PolicyError, StateError, SvsmError
 from svsm.storage.cocoonfs import Decision, FoundJournal, Volume
 from svsm.storage.cocoonfs import pending as pending_module
+from svsm.storage.cocoonfs.aux import AuxMetadata
+from svsm.storage.cocoonfs.check import check
 from svsm.storage.cocoonfs.image import open_image
 from svsm.storage.drivers.memory import MemoryDevice
 from svsm.testing.powercut import PowerCutDisk, crash_images
@@ -223,3 +225,22 @@ def test_errors_while_deciding() -> None:
         volume.pending.apply()
     assert volume.failed
     assert _code(volume.read, 16) == "cocoonfs-failed"
+
+
+@pytest.mark.parametrize("answer", [Decision.YES, Decision.NO])
+def test_metadata_is_mended_after_the_decision(answer: Decision) -> None:
+    """A torn copy of auxiliary metadata waits too: before the answer nothing is written."""
+    device = MemoryDevice(64 << 10)
+    volume = Volume.create(device, KEY, salt=b"", aux=AuxMetadata(reserve_bytes=500))
+    transaction = volume.transaction()
+    transaction.write(16, b"new")
+    transaction.prepare()
+    torn = volume.image.aux.extents[-1][0] * 128
+    device.data[torn : torn + 512] = bytes(512)
+    before = bytes(device.data)
+    volume = Volume.open(device, KEY, decide=Ledger(Decision.UNKNOWN, answer))
+    assert bytes(device.data) == before
+    assert not volume.image.aux.is_settled()
+    volume.decide_again()
+    assert volume.image.aux.is_settled()
+    assert check(device, KEY).is_good
