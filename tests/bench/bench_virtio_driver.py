@@ -73,7 +73,9 @@ def _measure(*, packed: bool, indirect: bool, kind: int, batch: int) -> float:
     for _ in range(_ROUNDS):
         results = [b""] * batch if kind == _READ else None
         begun = time.perf_counter_ns()
-        filled, _ = lane.fill_writes(writes, 0) if kind == _WRITE else lane.fill_reads(reads, 0)
+        filled = 0
+        while filled < batch:
+            filled, _ = lane.fill_writes(writes, filled) if kind == _WRITE else lane.fill_reads(reads, filled)
         spent = time.perf_counter_ns() - begun
         device.complete()
         begun = time.perf_counter_ns()

@@ -303,7 +303,7 @@ class VhostUserBlk(VirtioBlk):
         pause: Callable[[float], None] = time.sleep,
         answer_seconds: float = 5.0,
     ) -> None:
-        policy = policy or BlkPolicy()
+        policy = policy or BlkPolicy(early_kick=True)
         policy.check()
         self._endpoint = endpoint
         self._answer_seconds = answer_seconds
