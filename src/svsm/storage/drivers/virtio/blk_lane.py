@@ -104,9 +104,14 @@ class Lane:
         )
         self._forms[slot] = -512
 
+    @property
+    def free(self) -> int:
+        """Slots that are not in flight."""
+        return len(self._small) + len(self._large)
+
     def wants_more(self) -> bool:
         """Whether enough slots are free to be worth a kick, which costs the device a turn of its loop."""
-        return len(self._small) + len(self._large) >= self._enough or not self.queue.in_flight
+        return self.free >= self._enough or not self.queue.in_flight
 
     # ---- reads and writes ------------------------------------------------------------------------------------------
 
