@@ -2,7 +2,8 @@
 """`svsm fuzz`: look for inputs that our parsers and state machines cannot take.
 
 One target or `all`, for a set time each, continuing from the corpus folder. A finding is written as a minimised
-reproducer; docs/fuzzing.md says how it becomes a regression test.
+reproducer; docs/fuzzing.md says how it becomes a regression test. `review` takes the checks of the drivers' reviews
+out, one by one, and demands that the fuzzer finds each removal.
 """
 
 from __future__ import annotations
@@ -25,7 +26,12 @@ _MAX_SECONDS = 7 * 24 * 3600.0
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `svsm fuzz`."""
-    parser.add_argument("target", nargs="?", metavar="TARGET", help="what to fuzz, or `all`; see --list")
+    parser.add_argument(
+        "target",
+        nargs="?",
+        metavar="TARGET",
+        help="what to fuzz, or `all`; see --list. `review`: take the drivers' checks out one by one, and find that",
+    )
     parser.add_argument("--list", action="store_true", help="list the targets")
     parser.add_argument("--time", type=_seconds, default=60.0, metavar="SECONDS", help="for each target (default: 60)")
     parser.add_argument(
@@ -45,6 +51,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--distil", type=Path, metavar="DIR", help="write the few inputs of the corpus that the repository should keep"
     )
+    parser.add_argument("--row", default="", metavar="TEXT", help="review: only rows whose name has this text")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="review: keep what was found here")
     parser.add_argument("--json", action="store_true", help="one JSON object per line and target")
     parser.set_defaults(run=_run)
 
@@ -70,6 +78,8 @@ def _run(arguments: argparse.Namespace) -> int:
         return _reproduce(arguments)
     if arguments.distil is not None:
         return _distil(arguments)
+    if arguments.target == "review":
+        return _review(arguments)
     names = [target.name for target in TARGETS] if arguments.target == "all" else [find(arguments.target).name]
     found = 0
     for name in names:
@@ -111,6 +121,33 @@ def _show(summary: Summary, *, as_json: bool) -> None:
     )
     for finding in summary.findings:
         print(f"  {finding.signature}\n  reproducer: {finding.file}", flush=True)
+
+
+def _review(arguments: argparse.Namespace) -> int:
+    from svsm.fuzz.review import find_removal
+    from svsm.testing.reviews import REVIEWS, read_found, write_found
+
+    record = read_found(arguments.record) if arguments.record else {}
+    missed = 0
+    for review in REVIEWS:
+        for row in review.rows:
+            name = f"{review.name}: {row.name}"
+            if arguments.row not in name or not review.target_of(row):
+                continue
+            found = find_removal(review, row, seconds=arguments.time, seed=arguments.seed)
+            missed += found is None
+            if found is not None:
+                record.setdefault(review.name, {})[row.name] = found
+            if arguments.json:
+                entry = None if found is None else dataclasses.asdict(found)
+                print(json.dumps({"schema": 1, "review": review.name, "row": row.name, "found": entry}), flush=True)
+            elif found is None:
+                print(f"{name}: NOT FOUND in {arguments.time:.0f} s", flush=True)
+            else:
+                print(f"{name}: {found.target}, {found.seconds:.1f} s, {found.executions} inputs", flush=True)
+    if arguments.record:
+        write_found(arguments.record, record)
+    return 1 if missed else 0
 
 
 def _distil(arguments: argparse.Namespace) -> int:

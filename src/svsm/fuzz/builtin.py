@@ -91,6 +91,8 @@ def fuzz(
     seed: int,
     seconds: float | None = None,
     executions: int | None = None,
+    first_finding: bool = False,
+    clock: Callable[[], float] = time.monotonic,
     on_finding: Callable[[Finding, bytes], None] = lambda _finding, _data: None,
 ) -> Run:
     """Run every input, then mutations of those that showed something new, until a limit is reached.
@@ -98,14 +100,16 @@ def fuzz(
     Args:
         inputs: Seeds and corpus; all of them run, whatever the limits say.
         seed: Of the random choices.
-        seconds: Wall-clock time for mutations.
+        seconds: Time for mutations.
         executions: Number of mutations.
+        first_finding: End with the first finding.
+        clock: What `seconds` are measured with.
         on_finding: Called for the first input of each signature, and for each shorter one.
     """
     dice = random.Random(seed)
     run, seen, pool = Run(), set[str](), [b""]
     known = {bytes(data) for data in inputs}
-    ends = None if seconds is None else time.monotonic() + seconds
+    ends = None if seconds is None else clock() + seconds
 
     def one(data: bytes) -> None:
         run.executions += 1
@@ -131,7 +135,9 @@ def fuzz(
     for data in sorted(known):
         one(data)
     done = 0
-    while (executions is None or done < executions) and (ends is None or time.monotonic() < ends):
+    while (executions is None or done < executions) and (ends is None or clock() < ends):
+        if first_finding and run.findings:
+            break
         done += 1
         one(mutated(dice.choice(pool), dice.choice(pool), dice, max_bytes=target.max_bytes))
     return run

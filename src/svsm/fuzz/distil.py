@@ -21,8 +21,8 @@ MAX_TOTAL_BYTES = 16 << 10
 """Of one target's corpus in the repository."""
 
 
-def lines_of(action: Callable[[], object]) -> set[tuple[str, int]]:
-    """(module, line) of everything of svsm, except svsm.fuzz, that `action` runs through."""
+def lines_of(action: Callable[..., object], *arguments: object) -> set[tuple[str, int]]:
+    """(module, line) of everything of svsm, except svsm.fuzz, that `action` runs through, with these arguments."""
     seen: set[tuple[str, int]] = set()
 
     def trace(frame: FrameType, event: str, _argument: Any) -> Any:
@@ -35,7 +35,7 @@ def lines_of(action: Callable[[], object]) -> set[tuple[str, int]]:
     before = sys.gettrace()
     sys.settrace(trace)
     try:
-        action()
+        action(*arguments)
     finally:
         sys.settrace(before)
     return seen
@@ -51,12 +51,12 @@ def distilled(target: Target, inputs: Iterable[bytes]) -> list[bytes]:
 
     for seed in target.seeds():
         run(seed)  # imports and caches are no coverage
-        known |= lines_of(lambda seed=seed: run(seed))  # type: ignore[misc]
+        known |= lines_of(run, seed)
     kept: list[bytes] = []
     for data in sorted(set(inputs), key=lambda data: (len(data), data)):
         if len(data) > MAX_INPUT_BYTES or sum(map(len, kept)) + len(data) > MAX_TOTAL_BYTES:
             continue
-        new = lines_of(lambda data=data: run(data)) - known  # type: ignore[misc]
+        new = lines_of(run, data) - known
         if new:
             known |= new
             kept.append(data)

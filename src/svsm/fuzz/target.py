@@ -102,7 +102,7 @@ def execute(target: Target, data: bytes) -> Outcome:
     """
     started = time.process_time()
     try:
-        outcome = judge(lambda: target.run(data))
+        outcome = judge(target.run, data)
     except (Exception, TimeLimit) as error:
         if isinstance(error, Finding):
             raise
@@ -113,15 +113,15 @@ def execute(target: Target, data: bytes) -> Outcome:
     return outcome
 
 
-def judge(action: Callable[[], object]) -> Outcome:
-    """Run `action`: a value or a proper `SvsmError`.
+def judge(action: Callable[..., object], *arguments: object) -> Outcome:
+    """Run `action` with these arguments: a value or a proper `SvsmError`.
 
     Raises:
         Broken: For an error without a proper code, or whose text cannot be shown.
         Exception: Whatever else it raises.
     """
     try:
-        action()
+        action(*arguments)
     except SvsmError as error:
         shown = f"{error}"
         proper = type(error) is not SvsmError and _CODE.fullmatch(error.code) and len(shown) <= _MAX_MESSAGE

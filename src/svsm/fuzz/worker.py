@@ -14,10 +14,8 @@ import importlib
 import json
 import os
 import resource
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -71,29 +69,6 @@ def _limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _watched(target: Target) -> Target:
-    """The target under a watchdog: an input that blocks is a finding, not the end of the run."""
-    import dataclasses
-
-    from svsm.fuzz.target import TimeLimit
-
-    seconds = max(10.0, 5 * target.cpu_seconds)
-
-    def bark(_number: int, _frame: FrameType | None) -> None:
-        raise TimeLimit(f"no end after {seconds:.0f} s")
-
-    signal.signal(signal.SIGALRM, bark)
-
-    def run(data: bytes) -> None:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        try:
-            target.run(data)
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-
-    return dataclasses.replace(target, run=run)
-
-
 def _inputs(target: Target, folders: list[str]) -> list[bytes]:
     files = [path for folder in folders for path in sorted(Path(folder).glob("*")) if path.is_file()]
     return [*target.seeds(), *(path.read_bytes() for path in files)]
@@ -101,9 +76,10 @@ def _inputs(target: Target, folders: list[str]) -> list[bytes]:
 
 def _builtin(order: dict[str, Any]) -> int:
     from svsm.fuzz.builtin import fuzz
+    from svsm.fuzz.watch import watched
 
     _limit_memory()
-    target = _watched(_target(order))
+    target = watched(_target(order))
     findings, corpus = Path(order["findings"]), Path(order["corpus"])
 
     def keep(finding: Finding, data: bytes) -> None:
@@ -124,9 +100,10 @@ def _builtin(order: dict[str, Any]) -> int:
 
 def _minimise(order: dict[str, Any]) -> int:
     from svsm.fuzz.builtin import minimised
+    from svsm.fuzz.watch import watched
 
     _limit_memory()
-    target = _watched(_target(order))
+    target = watched(_target(order))
     path = Path(order["minimise"])
     data, finding = minimised(target, path.read_bytes(), seconds=order["seconds"])
     written = None

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from svsm.formats.errors import StateError
+from svsm.fuzz.disks import rows as disks
 from svsm.fuzz.target import Target
-from svsm.fuzz.targets import attestation, channels, disks, evidence, guest, host, images, messages, storage
+from svsm.fuzz.targets import attestation, channels, evidence, guest, host, images, messages, storage
 
 __all__ = ["TARGETS", "find"]
 

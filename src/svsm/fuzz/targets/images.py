@@ -63,7 +63,7 @@ def _igvm(data: bytes) -> None:
         file = IgvmFile.parse(data)
     expect(file.pack() == data, "an accepted IGVM file packs to itself")
     for order in Order:
-        judge(lambda order=order: _plan(file, order))  # type: ignore[misc]
+        judge(_plan, file, order)
     judge(lambda: guest_policy(file))
     judge(lambda: _id_block(file))
     judge(lambda: describe(file))

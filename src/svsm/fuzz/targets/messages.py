@@ -107,7 +107,7 @@ def _json_messages(data: bytes) -> None:
     body = choices.edited(honest.pack()) if choices.flag() else choices.rest()
     for other, _ in _JSON:
         if other is not parse:
-            judge(lambda other=other: other(body))  # type: ignore[misc]
+            judge(other, body)
     found = parse(body)
     expect(parse(found.pack()) == found, "what was understood survives the wire")
 
@@ -265,7 +265,7 @@ def _binary_messages(data: bytes) -> None:
     body = choices.edited(honest) if choices.flag() else choices.rest()
     for other, _ in _BINARY:
         if other is not parse:
-            judge(lambda other=other: other(body))  # type: ignore[misc]
+            judge(other, body)
     expect(parse(body).pack() == body, "an accepted message packs to itself")
 
 
@@ -305,11 +305,11 @@ def _syscall_frames(data: bytes) -> None:
     pieces = _fed(syscall.FrameReader().feed, [data[at : at + 1] for at in range(len(data))])
     expect(_agree(pieces, whole), "frames do not depend on the pieces")
     for header, body in pieces[0]:
-        judge(lambda header=header, body=body: syscall.Request.parse(header, body))  # type: ignore[misc]
-        judge(lambda header=header, body=body: syscall.Reply.parse(header, body))  # type: ignore[misc]
+        judge(syscall.Request.parse, header, body)
+        judge(syscall.Reply.parse, header, body)
         for decode in _SYSCALL_BODIES:
-            judge(lambda decode=decode, body=body: decode(body))  # type: ignore[misc]
-        outcome = judge(lambda body=body: syscall.Event.parse(body))  # type: ignore[misc]
+            judge(decode, body)
+        outcome = judge(syscall.Event.parse, body)
         if not outcome.reason:
             expect(syscall.Event.parse(body).pack() == body, "an accepted event packs to itself")
 

@@ -1,144 +1,54 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""The review of the virtio driver as data: every field that a device controls, and the line that judges it.
-
-A `Row` names the field, what a device could do with it, the exact source text of the check, the same text without
-it, and attacks. The function that the text is in is found in the source, so the table cannot name a place that has
-moved. `notices` rebuilds the driver without the check and says whether the attacks still get what they should: a
-check whose removal nobody notices is not tested. `markdown` writes `docs/review/virtio.md`; a test keeps it current,
-and demands that every register and configuration field that the driver reads has a row.
-"""
+"""The review of the virtio driver: `svsm.testing.review` over the attacks of `svsm.testing.hostile`."""
 
 from __future__ import annotations
 
-import ast
-import importlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
-import sys
-from collections.abc import Sequence
-from pathlib import Path
+import functools
+from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-import svsm.storage.drivers.virtio as driver_package
-from svsm.testing.hostile.review_rows import ROWS, Row
+from svsm.testing.hostile.review_rows import ROWS
+from svsm.testing.review import Case, Review
 
-__all__ = ["ROWS", "Row", "markdown", "notices", "place", "source_of"]
+if TYPE_CHECKING:
+    from svsm.testing.hostile.catalogue import Attack
 
-_PACKAGE: Final = driver_package.__name__
-_FOLDER: Final = Path(driver_package.__path__[0])
-_REBUILT: Final = (_PACKAGE, "svsm.testing.hostile", "svsm.testing.virtio_harness")
+__all__ = ["REVIEW"]
+
 _HEAD: Final = """# Review: what a virtio disk controls
 
-Made from `svsm.testing.hostile.review_rows` by `python -m svsm.testing.hostile.review`; a test fails when it differs.
+Made from `svsm.testing.hostile.review_rows` by `python -m svsm.testing.reviews virtio`; a test fails when it differs.
 
 Everything below is written by the device or its host. "Checked in" is the function that judges it; "noticed by" names
 attacks of `svsm.testing.hostile.attacks`, of which at least one no longer gets what it should when the check is taken
-out of the source: the tests do that, row by row. A row without such attacks says why none is needed.
+out of the source: the tests do that, row by row. The last column is what `svsm fuzz review` measured: the target that
+found the removal by itself, from an empty corpus, with the processor time and the number of inputs that it took. A row
+with neither says why there is nothing to take out.
 What a device controls and the driver never looks at (descriptors and available ring after they were written,
 indirect tables, vendor id, topology, geometry, seg_max) has no row: there is nothing to check.
 """
 
 
-def source_of(module: str) -> str:
-    """The source of a module of the driver."""
-    return (_FOLDER / f"{module}.py").read_text(encoding="utf-8")
+def _cases(attacks: ModuleType, names: Sequence[str]) -> Iterator[Case]:
+    for attack in attacks.ATTACKS:
+        if attack.name in names:
+            for ring, expected in attack.expected.items():
+                yield Case(f"{attack.name} ({ring})", functools.partial(_outcome, attack, ring), str(expected))
 
 
-def place(row: Row) -> str:
-    """``module.Class.function`` that holds the check.
-
-    Raises:
-        LookupError: The text is not there exactly once, or not in a function.
-    """
-    source = source_of(row.module)
-    if source.count(row.check) != 1:
-        raise LookupError(f"{row.module}: {row.check!r} is there {source.count(row.check)} times")
-    line = source[: source.index(row.check)].count("\n") + 1 + row.check[: len(row.check) // 2].count("\n")
-    names: list[str] = []
-    scope: Sequence[ast.stmt] = ast.parse(source).body
-    while True:
-        for node in scope:
-            if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.lineno <= line <= (node.end_lineno or 0):
-                names.append(node.name)
-                scope = node.body
-                break
-        else:
-            break
-    if not names:
-        raise LookupError(f"{row.module}: {row.check!r} is in no function")
-    return ".".join([row.module, *names])
+def _outcome(attack: Attack, ring: str) -> str:
+    return str(attack.run(ring))
 
 
-class _Mutator(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports one module of the driver from changed source."""
-
-    def __init__(self, module: str, source: str) -> None:
-        self._name = f"{_PACKAGE}.{module}"
-        self._source = source
-        self._path = str(_FOLDER / f"{module}.py")
-
-    def find_spec(
-        self, fullname: str, path: object = None, target: object = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        """For that module only."""
-        return importlib.util.spec_from_loader(fullname, self) if fullname == self._name else None
-
-    def exec_module(self, module: ModuleType) -> None:
-        """The changed source."""
-        exec(compile(self._source, self._path, "exec"), module.__dict__)  # noqa: S102
-
-
-def _rebuilt(name: str) -> bool:
-    return any(name == prefix or name.startswith(prefix + ".") for prefix in _REBUILT)
-
-
-def notices(row: Row) -> str:
-    """The first attack of a row that goes another way without the check, as "name (ring): what came of it"; or ""."""
-    changed = source_of(row.module).replace(row.check, row.without)
-    kept = {name: module for name, module in sys.modules.items() if _rebuilt(name)}
-    parents = {
-        (parent, child): getattr(sys.modules[parent], child)
-        for parent, child in (("svsm.storage.drivers", "virtio"), ("svsm.testing", "hostile"))
-        if hasattr(sys.modules.get(parent), child)
-    }
-    for name in kept:
-        del sys.modules[name]
-    finder = _Mutator(row.module, changed)
-    sys.meta_path.insert(0, finder)
-    try:
-        attacks = importlib.import_module("svsm.testing.hostile.attacks").ATTACKS
-        for attack in attacks:
-            if attack.name in row.attacks:
-                for ring, expected in attack.expected.items():
-                    try:
-                        outcome = attack.run(ring)
-                    except Exception as error:
-                        return f"{attack.name} ({ring}): {type(error).__name__}"
-                    if str(outcome) != str(expected):
-                        return f"{attack.name} ({ring}): {outcome}"
-        return ""
-    finally:
-        sys.meta_path.remove(finder)
-        for name in [name for name in sys.modules if _rebuilt(name)]:
-            del sys.modules[name]
-        sys.modules.update(kept)
-        for (parent, child), module in parents.items():
-            setattr(sys.modules[parent], child, module)
-
-
-def markdown() -> str:
-    """The table as a page."""
-    lines = [_HEAD]
-    for part in dict.fromkeys(row.part for row in ROWS):
-        lines += [f"\n## {part}\n", "| field | what a device could do | checked in | noticed by |", "|---|---|---|---|"]
-        for row in ROWS:
-            if row.part == part:
-                noticed = "; ".join(row.attacks) if row.attacks else f"*{row.reason}*"
-                lines.append(f"| {row.field} | {row.threat} | `{place(row)}` | {noticed} |")
-    return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    print(markdown(), end="")
+REVIEW: Final = Review(
+    name="virtio",
+    package="svsm.storage.drivers.virtio",
+    rows=ROWS,
+    head=_HEAD,
+    attacker="device",
+    rebuilt=("svsm.testing.hostile", "svsm.testing.virtio_harness"),
+    attacks="svsm.testing.hostile.attacks",
+    cases=_cases,
+    targets={"": "virtio-mmio-split", "packed": "virtio-mmio-packed"},
+)

@@ -3,35 +3,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Final
 
-__all__ = ["ROWS", "Row"]
+from svsm.testing.review import Row
 
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Row:
-    """One thing that a device controls.
-
-    Attributes:
-        part: Of the page.
-        field: As VIRTIO names it.
-        threat: What the device could do.
-        module: Of the driver's package.
-        check: The source text that judges it; there exactly once.
-        without: The same text with the check taken out.
-        attacks: Names of cases, at least one of which must notice.
-        reason: Why no attack can notice, where there is none.
-    """
-
-    part: str
-    field: str
-    threat: str
-    module: str
-    check: str
-    without: str = ""
-    attacks: tuple[str, ...] = ()
-    reason: str = ""
+__all__ = ["ROWS"]
 
 
 _SPLIT, _PACKED, _BOTH = "Split ring", "Packed ring", "Both rings"
@@ -79,8 +55,8 @@ ROWS: Final[tuple[Row, ...]] = (
         "used.ring[] between two readings",
         "pass the check with one value, be used with another",
         "split",
-        "self._take_back(slot, identifier, element >> 32)",
-        "self._take_back(slot, identifier, u64[ring + (position & mask)] >> 32)",
+        "identifier, length = element & 0xFFFF_FFFF, element >> 32",
+        "identifier, length = element & 0xFFFF_FFFF, u64[ring + (position & mask)] >> 32",
         ("identifier, length and status change once they are read",),
     ),
     Row(
@@ -114,8 +90,8 @@ ROWS: Final[tuple[Row, ...]] = (
         "desc.id",
         "index outside the driver's tables",
         "packed",
-        "slot = identifier if identifier < slots else -1",
-        "slot = identifier",
+        "slot, length = identifier if identifier < slots else -1,",
+        "slot, length = identifier,",
         ("an identifier beyond the ring", "the largest identifier"),
     ),
     Row(
@@ -123,8 +99,8 @@ ROWS: Final[tuple[Row, ...]] = (
         "desc between two readings",
         "pass the check with one value, be used with another",
         "packed",
-        "self._take_back(slot, identifier, tail & 0xFFFF_FFFF)",
-        "self._take_back(slot, identifier, u64[ring + 2 * seen + 1] & 0xFFFF_FFFF)",
+        "else -1, tail & 0xFFFF_FFFF",
+        "else -1, u64[ring + 2 * seen + 1] & 0xFFFF_FFFF",
         ("identifier, length and status change once they are read",),
     ),
     Row(
@@ -136,30 +112,57 @@ ROWS: Final[tuple[Row, ...]] = (
         reason="nothing to refuse: what is not understood means a kick, and a kick is repeated by time, see Time",
     ),
     Row(
-        _BOTH,
+        _SPLIT,
         "identifier that is none",
         "index outside the driver's tables",
-        "queue",
-        "        if slot < 0:",
-        "        if False:",
+        "split",
+        "if slot < 0 or not flying[slot] or length > writable[slot]:",
+        "if slot >= 0 and (not flying[slot] or length > writable[slot]):",
         ("an identifier beyond the ring",),
     ),
     Row(
-        _BOTH,
+        _PACKED,
+        "identifier that is none",
+        "index outside the driver's tables",
+        "packed",
+        "if slot < 0 or not flying[slot] or length > writable[slot]:",
+        "if slot >= 0 and (not flying[slot] or length > writable[slot]):",
+        ("an identifier beyond the ring",),
+    ),
+    Row(
+        _SPLIT,
         "identifier of what is not in flight",
         "complete twice; free what is free; complete what nobody asked",
-        "queue",
-        "        if not self._flying[slot]:",
-        "        if False:",
+        "split",
+        "if slot < 0 or not flying[slot] or length > writable[slot]:",
+        "if slot < 0 or length > writable[slot]:",
         ("a request that is not in flight is returned", "a request is returned in the place of another"),
     ),
     Row(
-        _BOTH,
+        _PACKED,
+        "identifier of what is not in flight",
+        "complete twice; free what is free; complete what nobody asked",
+        "packed",
+        "if slot < 0 or not flying[slot] or length > writable[slot]:",
+        "if slot < 0 or length > writable[slot]:",
+        ("a request that is not in flight is returned", "a request is returned in the place of another"),
+    ),
+    Row(
+        _SPLIT,
         "length",
         "claim more than the buffer holds",
-        "queue",
-        "        if length > self._writable[slot]:",
-        "        if False:",
+        "split",
+        "if slot < 0 or not flying[slot] or length > writable[slot]:",
+        "if slot < 0 or not flying[slot]:",
+        ("one byte more than the buffer holds", "the largest length"),
+    ),
+    Row(
+        _PACKED,
+        "length",
+        "claim more than the buffer holds",
+        "packed",
+        "if slot < 0 or not flying[slot] or length > writable[slot]:",
+        "if slot < 0 or not flying[slot]:",
         ("one byte more than the buffer holds", "the largest length"),
     ),
     Row(
@@ -205,9 +208,17 @@ ROWS: Final[tuple[Row, ...]] = (
         "status that was never written",
         "complete without doing anything",
         "blk_lane",
-        "            shared[statuses[slot]] = _STATUS_SENTINEL\n",
-        "",
+        "            shared[statuses[slot]] = _STATUS_SENTINEL\n            expected[slot] = length + 1\n",
+        "            expected[slot] = length + 1\n",
         ("a request is completed and nothing is done",),
+    ),
+    Row(
+        _REQUEST,
+        "status of a write that was never written",
+        "complete without doing anything",
+        "blk_lane",
+        "            shared[statuses[slot]] = _STATUS_SENTINEL\n            expected[slot] = 1\n",
+        reason="the row above, in the loop for writes: unit test of requests that are completed and never done",
     ),
     Row(
         _REQUEST,
@@ -232,7 +243,7 @@ ROWS: Final[tuple[Row, ...]] = (
         "contents of a read's buffer before the read",
         "have old contents returned as new",
         "blk_lane",
-        "                shared[start : start + length] = zeros[:length]\n",
+        "            shared[start : start + length] = small_zeros if length == small_bytes else zeros[:length]\n",
         "",
         ("data changes after the driver has returned it",),
     ),
@@ -428,18 +439,26 @@ ROWS: Final[tuple[Row, ...]] = (
         _CONFIG,
         "capacity, not whole blocks",
         "have the last block end behind the disk",
-        "blk_config",
-        "config.capacity * SECTOR_BYTES // block * block",
-        "config.capacity * SECTOR_BYTES",
+        "svsm.storage.drivers.checks",
+        "size = size_bytes // self._block_size * self._block_size",
+        "size = size_bytes",
         ("a capacity that is no whole number of blocks",),
     ),
     Row(
         _CONFIG,
         "capacity, smaller than what is asked for",
         "get requests beyond its end",
-        "blk",
-        "        check_ranges(ranges, size_bytes=self._geometry.size_bytes,"
-        " block_size_bytes=self._geometry.block_size_bytes)\n",
+        "svsm.storage.drivers.checks",
+        "        check_ranges(ranges, size_bytes=self._size, block_size_bytes=self._block_size)\n",
+        "",
+        ("the disk shrinks",),
+    ),
+    Row(
+        _CONFIG,
+        "capacity, smaller than what is written",
+        "get requests beyond its end",
+        "svsm.storage.drivers.checks",
+        "        check_extents(extents, size_bytes=self._size, block_size_bytes=self._block_size)\n",
         "",
         ("the disk shrinks",),
     ),
@@ -447,8 +466,8 @@ ROWS: Final[tuple[Row, ...]] = (
         _CONFIG,
         "capacity, changing",
         "shrink or grow while it is used",
-        "blk",
-        "        if size != self._geometry.size_bytes:",
+        "svsm.storage.drivers.checks",
+        "        if size != self._size:",
         "        if False:",
         ("the disk shrinks", "the disk grows"),
     ),
@@ -456,9 +475,9 @@ ROWS: Final[tuple[Row, ...]] = (
         _CONFIG,
         "capacity and blk_size, changing together",
         "have a size that is no multiple of the block size in use",
-        "blk",
-        "fresh.size_bytes // self._geometry.block_size_bytes * self._geometry.block_size_bytes",
-        "fresh.size_bytes",
+        "svsm.storage.drivers.checks",
+        "size = size_bytes // self._block_size * self._block_size",
+        "size = size_bytes",
         ("the block size changes with the capacity",),
     ),
     Row(
@@ -526,9 +545,9 @@ ROWS: Final[tuple[Row, ...]] = (
         _CONFIG,
         "RO",
         "get writes that it will not do",
-        "blk",
-        "        if writing and self.read_only:",
-        "        if False:",
+        "svsm.storage.drivers.checks",
+        "        if self._read_only:\n            raise read_only_error()\n",
+        "        pass\n",
         ("the disk is read-only",),
     ),
     Row(
@@ -536,7 +555,7 @@ ROWS: Final[tuple[Row, ...]] = (
         "FLUSH not offered",
         "have the owner believe that data is durable",
         "blk",
-        "        if not self._geometry.flush:",
+        "        if not self._shape.flush:",
         "        if False:",
         ("flushes are not offered, and answered with OK",),
     ),
@@ -580,18 +599,26 @@ ROWS: Final[tuple[Row, ...]] = (
         _TIME,
         "completion and data after a reset",
         "write into what is used again",
-        "blk",
+        "svsm.storage.drivers.lifecycle",
         "self._halves[self._generation % 2]",
         "self._halves[0]",
         ("the device completes after its reset",),
     ),
     Row(
         _TIME,
+        "writes lost in a reset",
+        "have a flush after it promise what nobody knows",
+        "svsm.storage.drivers.lifecycle",
+        "        if self._lost_writes:\n            self._lost_writes = False\n",
+        "        if False:\n            self._lost_writes = False\n",
+    ),
+    Row(
+        _TIME,
         "everything after its death",
         "come back to life unasked",
-        "blk",
+        "svsm.storage.drivers.lifecycle",
         "        if self.fault is not None:\n            raise self._dead(operation, self.fault)\n",
-        "",
+        "        pass\n",
         ("the device never completes", "an identifier beyond the ring"),
     ),
 )

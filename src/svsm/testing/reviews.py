@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""All reviews, and what fuzzers found of them: ``python -m svsm.testing.reviews NAME`` prints a page.
+
+The findings are read from ``fuzz/review.json`` below the working directory.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Final
+
+from svsm.testing.hostile.review import REVIEW as VIRTIO
+from svsm.testing.nvme_review import REVIEW as NVME
+from svsm.testing.review import Found, Review, markdown
+
+__all__ = ["FOUND", "REVIEWS", "read_found", "write_found"]
+
+REVIEWS: Final[tuple[Review, ...]] = (VIRTIO, NVME)
+FOUND: Final = Path("fuzz/review.json")
+"""Below the repository's root."""
+
+
+def read_found(path: Path) -> dict[str, dict[str, Found]]:
+    """By review and row. Nothing, where the file is not there."""
+    if not path.exists():
+        return {}
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return {review: {row: Found(**entry) for row, entry in rows.items()} for review, rows in data.items()}
+
+
+def write_found(path: Path, found: dict[str, dict[str, Found]]) -> None:
+    """The file that `read_found` reads; rows in the order of the reviews, and none that is no more."""
+    data = {
+        review.name: {
+            row.name: {"target": entry.target, "executions": entry.executions, "seconds": round(entry.seconds, 1)}
+            for row in review.rows
+            if (entry := found.get(review.name, {}).get(row.name)) is not None
+        }
+        for review in REVIEWS
+    }
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def main(arguments: list[str]) -> int:
+    """Print the page of one review."""
+    for review in REVIEWS:
+        if arguments == [review.name]:
+            print(markdown(review, read_found(FOUND).get(review.name, {})), end="")
+            return 0
+    print(f"{__doc__}\nNAME is one of {', '.join(review.name for review in REVIEWS)}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
