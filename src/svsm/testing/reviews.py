@@ -15,7 +15,7 @@ from svsm.testing.hostile.review import REVIEW as VIRTIO
 from svsm.testing.nvme_review import REVIEW as NVME
 from svsm.testing.review import Found, Review, markdown
 
-__all__ = ["FOUND", "REVIEWS", "read_found", "write_found"]
+__all__ = ["FOUND", "REVIEWS", "page", "read_found", "write_found"]
 
 REVIEWS: Final[tuple[Review, ...]] = (VIRTIO, NVME)
 FOUND: Final = Path("fuzz/review.json")
@@ -43,15 +43,17 @@ def write_found(path: Path, found: dict[str, dict[str, Found]]) -> None:
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
-def main(arguments: list[str]) -> int:
-    """Print the page of one review."""
+def page(name: str) -> str:
+    """The page of one review.
+
+    Raises:
+        LookupError: There is no such review, or a row's check is not where it says.
+    """
     for review in REVIEWS:
-        if arguments == [review.name]:
-            print(markdown(review, read_found(FOUND).get(review.name, {})), end="")
-            return 0
-    print(f"{__doc__}\nNAME is one of {', '.join(review.name for review in REVIEWS)}", file=sys.stderr)
-    return 2
+        if review.name == name:
+            return markdown(review, read_found(FOUND).get(name, {}))
+    raise LookupError(f"there is no review {name!r}")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    print(page(sys.argv[1]), end="")
