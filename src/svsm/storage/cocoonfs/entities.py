@@ -11,12 +11,14 @@ Decryption here is never the first thing that looks at hostile bytes: callers au
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 
 from cryptography.hazmat.primitives.hmac import HMAC
 
 from svsm.formats.errors import FormatError, IntegrityError
+from svsm.formats.record import Buffer
 from svsm.storage.cocoonfs.encoding import (
     MAX_POINTER_EXTENT_AB,
     Extent,
@@ -41,6 +43,7 @@ __all__ = [
 
 Random = Callable[[int], bytes]
 _LARGEST_BLOCK = 16
+_TAIL_BYTES = 4096
 
 
 def authentication_failure(stage: str, **details: int) -> IntegrityError:
@@ -103,18 +106,47 @@ def extents_bytes_needed(length: int, cipher_block_bytes: int) -> int:
     return 2 * cipher_block_bytes + length - length % cipher_block_bytes
 
 
-def decrypt_extents(decrypt: Crypt, extents: Sequence[bytes]) -> bytes:
+def _stripped(sink: BytesIO, what: str) -> bytes:
+    """The same for a plaintext in a sink, which may be large; it is not copied."""
+    end = sink.tell()
+    with sink.getbuffer() as view:
+        while end > 0 and not bytes(view[max(end - _TAIL_BYTES, 0) : end]).rstrip(b"\0"):
+            end -= _TAIL_BYTES
+        begin = max(end - _TAIL_BYTES - _LARGEST_BLOCK, 0)
+        kept = strip_padding(bytes(view[begin : max(end, 0)]), what)
+    sink.truncate(begin + len(kept))
+    return sink.getvalue()
+
+
+def decrypt_extents(decrypt: Crypt, pieces: Iterable[Buffer]) -> bytes:
     """A file's contents from the contents of its extents.
+
+    Args:
+        decrypt: Of the file's key.
+        pieces: The contents, end to end, cut anywhere between cipher blocks behind the first one.
 
     Raises:
         FormatError: ``cocoonfs-format``.
     """
-    return strip_padding(decrypt(extents[0] if len(extents) == 1 else b"".join(extents)), "file")
+    sink = BytesIO()
+    iv_bytes = decrypt.block_bytes
+    for piece in pieces:
+        if iv_bytes:
+            decrypt(memoryview(piece)[:iv_bytes])
+        decrypt.feed(memoryview(piece)[iv_bytes:], sink)
+        iv_bytes = 0
+    return _stripped(sink, "file")
 
 
 def encrypt_extents(encrypt: Crypt, data: bytes, total_bytes: int, random: Random) -> bytes:
     """What to lay into a file's extents, end to end (every extent is a multiple of the cipher block)."""
-    return encrypt(random(encrypt.block_bytes) + _pad(data, total_bytes - encrypt.block_bytes, encrypt.block_bytes))
+    sink = BytesIO()
+    block = encrypt.block_bytes
+    whole = len(data) - len(data) % block
+    encrypt.feed(random(block), sink)
+    encrypt.feed(memoryview(data)[:whole], sink)
+    encrypt.feed(_pad(data[whole:], total_bytes - block - whole, block), sink)
+    return sink.getvalue()
 
 
 @dataclass(frozen=True, slots=True)

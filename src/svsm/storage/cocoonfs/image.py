@@ -10,7 +10,7 @@ for digests is an error, and what was checked once is kept in memory and not ask
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from svsm.formats.errors import FormatError
@@ -38,11 +38,15 @@ from svsm.storage.cocoonfs.layout import (
     MutableHeader,
     StaticHeader,
     Subject,
+    align_up,
 )
 from svsm.storage.cocoonfs.primitives import equal
 from svsm.storage.cocoonfs.tree import AuthTree, image_context
 
 __all__ = ["Image", "VolumeContext", "decode_bitmap", "entry_leaf_mac", "open_image", "preauth_chain", "read_counter"]
+
+
+_PIECE_BYTES = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,20 +143,28 @@ class Image:
         self.tree.check(self.tree.geometry.block_at(begin), content, self.counted.states(begin, end))
         return content
 
-    def read(self, extent: Extent) -> bytes:
-        """The authentic contents of an extent.
+    def pieces(self, extent: Extent) -> Iterator[memoryview]:
+        """The authentic contents of an extent, end to end, in pieces that stay in the processor's cache.
 
         Raises:
             IntegrityError: ``cocoonfs-authentication``.
             FormatError: ``cocoonfs-format`` where it points at what does not count.
         """
-        begin, length = extent
+        at, end = extent[0], sum(extent)
         if not self.counted.all_counted(extent):
-            raise FormatError("a pointer leads to free space", code="cocoonfs-format", field="pointer", begin=begin)
+            raise FormatError("a pointer leads to free space", code="cocoonfs-format", field="pointer", begin=at)
         unit, size = self.volume.layout.data_ab, self.volume.layout.ab_bytes
-        first = begin // unit * unit
-        content = self.read_checked(first, -(-(begin + length) // unit) * unit)
-        return content[(begin - first) * size : (begin - first + length) * size]
+        step = max(_PIECE_BYTES // (unit * size), 1) * unit
+        while at < end:
+            first = at // unit * unit
+            stop = min(first + step, end)
+            content = self.read_checked(first, align_up(stop, unit))
+            yield memoryview(content)[(at - first) * size : (stop - first) * size]
+            at = stop
+
+    def read(self, extent: Extent) -> bytes:
+        """The authentic contents of an extent. Raises what `pieces` raises."""
+        return b"".join(self.pieces(extent))
 
     def load(self, block: int, level: int) -> Node:
         """An index node; level 1 is a leaf."""
@@ -198,7 +210,8 @@ class Image:
         extents, _ = self.extents_of(entry)
         if not extents:
             raise FormatError("a file has no extents", code="cocoonfs-format", field="extents list")
-        return decrypt_extents(self.volume.keys.decryptor(entry.inode), [self.read(extent) for extent in extents])
+        pieces = (piece for extent in extents for piece in self.pieces(extent))
+        return decrypt_extents(self.volume.keys.decryptor(entry.inode), pieces)
 
 
 def _entry_leaf(volume: VolumeContext, header: MutableHeader, node_format: NodeFormat) -> tuple[int, bytes, Leaf]:

@@ -22,10 +22,11 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from io import BytesIO
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import constant_time, hashes, hmac
-from cryptography.hazmat.primitives.ciphers import BlockCipherAlgorithm, Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers import BlockCipherAlgorithm, Cipher, CipherContext, algorithms, modes
 
 from svsm.formats.errors import FormatError
 from svsm.formats.record import Buffer
@@ -54,6 +55,7 @@ AES = 0x0006
 TDES = 0x0003
 KEYSTREAM_SEED_BYTES = 48
 _BLOCK = 16
+_PIECE_BYTES = 1 << 16  # small enough for the processor's cache: fresh memory costs more than the cipher
 _SWAP_PAIRS = bytes(((b & 0x55) << 1) | ((b & 0xAA) >> 1) for b in range(256))
 
 
@@ -150,14 +152,22 @@ class Crypt:
         block_bytes: Block and IV length.
     """
 
-    __slots__ = ("_skip", "_update", "block_bytes")
+    __slots__ = ("_context", "_skip", "block_bytes")
 
-    def __init__(self, update: Callable[[Buffer], bytes], block_bytes: int, skip: int) -> None:
-        self._update, self.block_bytes, self._skip = update, block_bytes, skip
+    def __init__(self, context: CipherContext, block_bytes: int, skip: int) -> None:
+        self._context, self.block_bytes, self._skip = context, block_bytes, skip
 
     def __call__(self, data: Buffer) -> bytes:
         """The next bytes, without the first block where that is of no use."""
-        return self._update(data)[self._skip :]
+        return self._context.update(data)[self._skip :]
+
+    def feed(self, data: Buffer, sink: BytesIO) -> None:
+        """Append what comes of more data to a sink, all of it: what was fed before it counts as the IV."""
+        view = memoryview(data)
+        scratch = bytearray(min(len(view), _PIECE_BYTES) + self.block_bytes)
+        for at in range(0, len(view), _PIECE_BYTES):
+            count = self._context.update_into(view[at : at + _PIECE_BYTES], scratch)
+            sink.write(memoryview(scratch)[:count])
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,12 +203,12 @@ class CipherAlgorithm:
     def decryptor(self, key: bytes) -> Crypt:
         """A function ``IV || ciphertext -> plaintext`` on one long-lived context; both multiples of the block."""
         block = self.block_bytes
-        return Crypt(self._cbc(key, bytes(block)).decryptor().update, block, block)
+        return Crypt(self._cbc(key, bytes(block)).decryptor(), block, block)
 
     def encryptor(self, key: bytes) -> Crypt:
         """A function ``random block || plaintext -> IV || ciphertext`` on one long-lived context."""
         block = self.block_bytes
-        return Crypt(self._cbc(key, bytes(block)).encryptor().update, block, 0)
+        return Crypt(self._cbc(key, bytes(block)).encryptor(), block, 0)
 
     def encrypt_with_iv(self, key: bytes, iv: bytes, plaintext: bytes) -> bytes:
         """CBC with a given IV, whole blocks."""

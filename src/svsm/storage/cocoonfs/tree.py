@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from svsm.formats.record import Buffer
 from svsm.storage.cocoonfs.encoding import Extent, encode_extents_list
 from svsm.storage.cocoonfs.entities import authentication_failure
 from svsm.storage.cocoonfs.geometry import TreeGeometry
@@ -54,7 +55,7 @@ class DataDigester:
             self._patterns[states] = known
         return known
 
-    def digests(self, first_block: int, content: bytes, states: bytes) -> list[bytes]:
+    def digests(self, first_block: int, content: Buffer, states: bytes) -> list[bytes]:
         """Digests of consecutive data blocks.
 
         Args:
@@ -66,6 +67,15 @@ class DataDigester:
         copy, pattern = self._copy, self._pattern
         out = []
         base = 0
+        if states.count(1) == len(states):  # inside a large file: nothing to look up
+            word = pattern(states[:step])[0]
+            for block in range(first_block, first_block + len(states) // step):
+                state = copy()
+                state.update(content[base : base + size])
+                state.update(word + block.to_bytes(8, "little") + Subject.DATA_BLOCK)
+                out.append(state.finalize())
+                base += size
+            return out
         for block, at in enumerate(range(0, len(states), step), first_block):
             word, runs = pattern(states[at : at + step])
             state = copy()
@@ -183,7 +193,7 @@ class AuthTree:
             count -= room
         return b"".join(parts)
 
-    def check(self, first_block: int, content: bytes, states: bytes) -> None:
+    def check(self, first_block: int, content: Buffer, states: bytes) -> None:
         """Compare consecutive data blocks with their entries.
 
         Raises:
