@@ -9,7 +9,7 @@ commit together: the flushes of one commit then serve all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from svsm.abi.errors import PolicyError, SvsmError
 from svsm.storage.volume import PreparedCommit, Volume
@@ -45,6 +45,7 @@ class VolumeFiles:
         self._on_failure = on_failure
         self._waiting: list[tuple[dict[int, bytes], Done]] = []
         self._deciding = False
+        self._working = False
 
     def read(self, inode: int) -> bytes | None:
         """A file's contents, None when there is none. Raises what the volume raises."""
@@ -53,30 +54,43 @@ class VolumeFiles:
     def replace_many(self, changes: Mapping[int, bytes], done: Done) -> None:
         """Replace whole files, all or none; `done` gets None once the new state is durable, else why it is not."""
         self._waiting.append((dict(changes), done))
-        if not self._deciding:
-            self._commit()
+        self._work()
 
-    def _commit(self, most: int | None = None) -> None:
-        batch = self._waiting[:most]
-        del self._waiting[: len(batch)]
+    def _work(self) -> None:
+        """Commit what waits, until a decision has to be waited for."""
+        if self._working:
+            return  # called back from below: the loop goes on by itself, and the stack does not grow with what waits
+        self._working = True
         try:
-            transaction = self._volume.transaction()
-            for changes, _ in batch:
-                for inode, data in changes.items():
-                    transaction.write(inode, data)
-            prepared = transaction.prepare()
-        except SvsmError as error:
-            if error.code == "cocoonfs-full" and len(batch) > 1:
-                # One change that does not fit must not take the others with it.
-                self._waiting[:0] = batch
-                self._commit(len(batch) // 2)
-                return
-            self._finish(batch, error)
-            if self._waiting and not self._deciding:
+            while self._waiting and not self._deciding:
                 self._commit()
-            return
+        finally:
+            self._working = False
+
+    def _commit(self) -> None:
+        most = len(self._waiting)
+        while True:
+            batch = self._waiting[:most]
+            try:
+                prepared = self._prepare(batch)
+                break
+            except SvsmError as error:
+                if error.code == "cocoonfs-full" and most > 1:
+                    most //= 2  # one change that does not fit must not take the others with it
+                    continue
+                del self._waiting[:most]
+                self._finish(batch, error)
+                return
+        del self._waiting[:most]
         self._deciding = True
         self._decide(prepared, lambda yes: self._decided(prepared, batch, yes))
+
+    def _prepare(self, batch: Sequence[tuple[dict[int, bytes], Done]]) -> PreparedCommit:
+        transaction = self._volume.transaction()
+        for changes, _ in batch:
+            for inode, data in changes.items():
+                transaction.write(inode, data)
+        return transaction.prepare()
 
     def _decided(self, prepared: PreparedCommit, batch: list[tuple[dict[int, bytes], Done]], yes: bool) -> None:
         failure: SvsmError | None = None
@@ -90,8 +104,7 @@ class VolumeFiles:
             failure = error
         self._deciding = False
         self._finish(batch, failure)
-        if self._waiting and not self._deciding:
-            self._commit()
+        self._work()
 
     def _finish(self, batch: list[tuple[dict[int, bytes], Done]], failure: SvsmError | None) -> None:
         if failure is not None:

@@ -79,3 +79,22 @@ def test_one_that_does_not_fit() -> None:
         ledger.answers.pop()(True)
     assert sorted(outcomes.seen) == [("a", None), ("b", None), ("first", None), ("large", "cocoonfs-full")]
     assert [files.read(inode) is not None for inode in (16, 100, 200, 60 << 10)] == [True, True, True, False]
+
+
+def test_many_that_wait_and_do_not_fit() -> None:
+    """Their number is not the depth of a stack; while they wait for their turn, more may be asked for."""
+    ledger, outcomes = Ledger(), Outcomes()
+    files = VolumeFiles(Volume.open(_disk(), KEY), decide=ledger)
+
+    def asks_for_more(error: SvsmError | None) -> None:
+        assert error is None
+        files.replace_many({17: b"more"}, outcomes.of("more"))
+
+    files.replace_many({16: b"first"}, asks_for_more)
+    for number in range(200):
+        files.replace_many({100: bytes(60 << 10)}, outcomes.of(str(number)))
+    while ledger.answers:
+        ledger.answers.pop()(True)
+    expected: list[tuple[str, str | None]] = [(str(number), "cocoonfs-full") for number in range(200)]
+    assert outcomes.seen == [*expected, ("more", None)]
+    assert (files.read(16), files.read(17)) == (b"first", b"more")
