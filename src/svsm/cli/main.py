@@ -31,16 +31,25 @@ _GROUPS = {
     "machine": "the simulated SEV-SNP machine's identity",
     "broker": "the volume owner's key broker",
     "proxy": "relay a VM's serial line to a broker",
-    "volume": "look into CocoonFS volumes offline",
+    "volume": "make, look into, change and verify CocoonFS volumes offline",
     "fuzz": "look for inputs that our parsers cannot take",
     "tcb": "list what the measured payload consists of",
     "explain": "cause and cure of an error code",
 }
 
 
+_BY_VERB = ("volume",)
+"""Groups of so many verbs that a command loads only its own."""
+
+
 class _Group(Protocol):
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Add the group's verbs; each verb's parser sets `run`."""
+
+
+class _GroupByVerb(Protocol):
+    def configure(self, parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+        """The same; `words` follow the group's name, and verbs that they do not name may be left out."""
 
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
@@ -55,7 +64,11 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     for name, summary in _GROUPS.items():
         group = groups.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name == chosen:
-            cast(_Group, importlib.import_module(f"svsm.cli.{name}")).configure(group)
+            module = importlib.import_module(f"svsm.cli.{name}")
+            if name in _BY_VERB:
+                cast(_GroupByVerb, module).configure(group, words[words.index(name) + 1 :])
+            else:
+                cast(_Group, module).configure(group)
     return parser
 
 

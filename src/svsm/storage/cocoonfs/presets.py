@@ -11,7 +11,7 @@ from svsm.formats.errors import FormatError
 from svsm.storage.cocoonfs.layout import ImageLayout
 from svsm.storage.cocoonfs.primitives import AES, TDES
 
-__all__ = ["CIPHERS", "HASH_FAMILIES", "STRENGTHS", "layout_of"]
+__all__ = ["CIPHERS", "HASH_FAMILIES", "STRENGTHS", "layout_of", "names_of", "sizes_of"]
 
 STRENGTHS = (128, 192, 256)
 
@@ -33,6 +33,9 @@ _CIPHERS: dict[tuple[str, int], tuple[int, int]] = {
     ("sm4", 128): (0x0013, 128),
     ("tdes", 128): (TDES, 192),
 }
+
+_SIZES = 7
+"""How many bytes of a packed configuration are block sizes; algorithms follow."""
 
 HASH_FAMILIES = tuple(dict.fromkeys(family for family, _ in _HASHES))
 CIPHERS = tuple(dict.fromkeys(name for name, _ in _CIPHERS))
@@ -108,3 +111,29 @@ def layout_of(
     )
     layout.validate()
     return layout
+
+
+def names_of(layout: ImageLayout) -> tuple[str, str, int] | None:
+    """Hash family, cipher and strength of a configuration as `layout_of` takes them; None for another combination.
+
+    Args:
+        layout: The configuration; it is valid.
+    """
+    for family, strength in _HASHES:
+        for cipher, bits in _CIPHERS:
+            if bits == strength and layout_of(family, cipher, strength).pack()[_SIZES:] == layout.pack()[_SIZES:]:
+                return family, cipher, strength
+    return None
+
+
+def sizes_of(layout: ImageLayout) -> dict[str, int]:
+    """Block sizes of a configuration in bytes as `layout_of` takes them."""
+    return {
+        "allocation_block_bytes": layout.ab_bytes,
+        "io_block_bytes": layout.io_bytes,
+        "data_block_bytes": layout.data_ab * layout.ab_bytes,
+        "tree_node_bytes": layout.node_bytes,
+        "bitmap_block_bytes": layout.bitmap_ab * layout.ab_bytes,
+        "leaf_node_bytes": layout.leaf_ab * layout.ab_bytes,
+        "internal_node_bytes": layout.internal_ab * layout.ab_bytes,
+    }

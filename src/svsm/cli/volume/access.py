@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""Keys, disks, volumes and output files, as the words on the command line name them.
+
+A verb that only looks opens the image for reading, with a shared lock. A verb that writes takes the exclusive lock
+that a boot takes as well, so that one of the two is refused (``block-in-use``). A pending commit is shown as carried
+out, in memory, by those that look, and is carried out by those that write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import json
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from svsm.cli.volume.words import BLOCKS
+from svsm.formats.errors import BackendError, FormatError, PolicyError, StateError
+
+if TYPE_CHECKING:
+    from svsm.abi.block import BlockDevice
+    from svsm.storage.cocoonfs import FoundJournal, Volume
+    from svsm.storage.cocoonfs.layout import ImageLayout
+    from svsm.storage.drivers.file import FileDevice
+
+__all__ = [
+    "Opened",
+    "changing",
+    "contents",
+    "device_of_file",
+    "disk",
+    "emit",
+    "give",
+    "key",
+    "layout",
+    "looking",
+    "needed_key",
+    "opened_input",
+    "output",
+    "writable",
+]
+
+_MAX_KEY_BYTES = 4096
+_HEX = frozenset(b"0123456789abcdefABCDEF")
+_SMALLEST_BLOCK = 128
+_FILE_BLOCK = 512
+
+
+def emit(members: dict[str, object], text: list[str], *, as_json: bool) -> None:
+    """The answer of a verb: one JSON object, or lines for a person."""
+    if as_json:
+        print(json.dumps({"schema": 1, **members}))
+    elif text:
+        print("\n".join(text))
+
+
+# -- keys ------------------------------------------------------------------------------------------------------------
+
+
+def key(arguments: argparse.Namespace, *, new: bool = False) -> bytes | None:
+    """The volume key from --key-file or --key-fd (or the new one); None where neither was given.
+
+    Raises:
+        PolicyError: ``volume-key-file``.
+    """
+    path: Path | None = arguments.new_key_file if new else arguments.key_file
+    descriptor: int | None = arguments.new_key_fd if new else arguments.key_fd
+    if path is None and descriptor is None:
+        return None
+    try:
+        data = _all_of(descriptor) if path is None else _beginning(path)
+    except OSError as error:
+        raise PolicyError(f"cannot read the key: {error.strerror}", code="volume-key-file") from error
+    if not data or len(data) > _MAX_KEY_BYTES:
+        raise PolicyError("the key is empty or too long", code="volume-key-file", got=len(data))
+    digits = data.strip()
+    if digits and len(digits) % 2 == 0 and set(digits) <= _HEX:
+        return bytes.fromhex(digits.decode())
+    return data
+
+
+def _beginning(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_MAX_KEY_BYTES + 1)
+
+
+def _all_of(descriptor: int | None) -> bytes:
+    data = b""
+    while descriptor is not None and len(data) <= _MAX_KEY_BYTES:
+        part = os.read(descriptor, _MAX_KEY_BYTES + 1)
+        if not part:
+            break
+        data += part
+    return data
+
+
+def needed_key(arguments: argparse.Namespace, *, new: bool = False) -> bytes:
+    """The same where there must be one: the parser sees to that.
+
+    Raises:
+        PolicyError: ``volume-key-file``.
+    """
+    found = key(arguments, new=new)
+    if found is None:
+        raise PolicyError("there is no key", code="volume-key-file", hint="give --key-file or --key-fd")
+    return found
+
+
+# -- disks -----------------------------------------------------------------------------------------------------------
+
+
+def device_of_file(descriptor: int, *, ignore_block_size: bool = False) -> FileDevice:
+    """A file that will be written to, locked; the device owns the descriptor."""
+    from svsm.storage.drivers.file import FileDevice
+
+    return FileDevice(descriptor, block_size_bytes=_SMALLEST_BLOCK if ignore_block_size else _FILE_BLOCK)
+
+
+def disk(image: Path, *, writable: bool = False, ignore_block_size: bool = False) -> BlockDevice:
+    """The file or block device with a volume.
+
+    Raises:
+        BackendError: ``volume-image``, ``block-io``.
+        StateError: ``block-in-use``.
+    """
+    from svsm.storage.drivers.file import FileDevice
+
+    try:
+        if stat.S_ISBLK(image.stat().st_mode):
+            from svsm.storage.drivers.linux import open_linux
+
+            return open_linux(str(image), read_only=not writable)
+        # Without O_NONBLOCK a FIFO in its place would keep us here for ever.
+        flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        descriptor = os.open(image, flags)
+    except OSError as error:
+        raise BackendError(f"cannot open the image: {error.strerror}", code="volume-image") from error
+    if writable:
+        return device_of_file(descriptor, ignore_block_size=ignore_block_size)
+    # The smallest block there is: a reader need not care what the medium writes at once.
+    return FileDevice(descriptor, block_size_bytes=_SMALLEST_BLOCK, read_only=True)
+
+
+@contextlib.contextmanager
+def writable(arguments: argparse.Namespace) -> Iterator[BlockDevice]:
+    """The image's disk with its exclusive lock, for as long as the block takes."""
+    device = disk(arguments.image, writable=True, ignore_block_size=arguments.ignore_block_size)
+    try:
+        yield device
+    finally:
+        device.close()
+
+
+# -- volumes ---------------------------------------------------------------------------------------------------------
+
+
+class Opened:
+    """An opened volume, and whether a commit was found pending."""
+
+    def __init__(self, volume: Volume, *, pending: bool) -> None:
+        self.volume = volume
+        self.pending = pending
+
+
+def _open(arguments: argparse.Namespace, device: BlockDevice, *, read_only: bool) -> Opened:
+    from svsm.storage.cocoonfs import Decision, Expected, Volume
+    from svsm.storage.cocoonfs.layout import ImageLayout
+
+    found: list[FoundJournal] = []
+
+    def decide(journal: FoundJournal) -> Decision:
+        found.append(journal)
+        return Decision.YES
+
+    layout_bytes: bytes | None = getattr(arguments, "expect_layout", None)
+    volume = Volume.open(
+        device,
+        needed_key(arguments),
+        decide=decide,
+        read_only=read_only,
+        first_use=getattr(arguments, "first_use", False),
+        expected=Expected(
+            layout=None if layout_bytes is None else ImageLayout.parse(layout_bytes),
+            salt=getattr(arguments, "expect_salt", None),
+        ),
+        allow_weak=arguments.allow_weak,
+    )
+    return Opened(volume, pending=bool(found))
+
+
+@contextlib.contextmanager
+def looking(arguments: argparse.Namespace) -> Iterator[Opened]:
+    """The volume, opened without writing."""
+    device = disk(arguments.image)
+    try:
+        yield _open(arguments, device, read_only=True)
+    finally:
+        device.close()
+
+
+@contextlib.contextmanager
+def changing(arguments: argparse.Namespace) -> Iterator[Volume]:
+    """The volume, locked and opened for changes."""
+    with writable(arguments) as device:
+        yield _open(arguments, device, read_only=False).volume
+
+
+def layout(arguments: argparse.Namespace, base: ImageLayout | None = None) -> ImageLayout | None:
+    """The configuration that the words name.
+
+    Args:
+        arguments: With what `words.add_layout` adds.
+        base: What a volume has now; None where it is made anew.
+
+    Returns:
+        The configuration; None where there is a base and nothing was named.
+
+    Raises:
+        FormatError: ``cocoonfs-strength``, ``cocoonfs-layout``, ``cocoonfs-unsupported-…``.
+    """
+    from svsm.storage.cocoonfs.presets import layout_of, names_of, sizes_of
+    from svsm.storage.cocoonfs.profiles import PROFILES
+
+    named = {f"{name}_bytes": getattr(arguments, name) for name in BLOCKS}
+    sizes = {name: value for name, value in named.items() if value is not None}
+    family, cipher, strength = arguments.hash, arguments.cipher, arguments.strength
+    if base is not None and not sizes and not any((arguments.profile, family, cipher, strength)):
+        return None
+    if None in (family, cipher, strength):
+        defaults = ("sha2", "aes", 128) if base is None else names_of(base)
+        if defaults is None:
+            raise FormatError(
+                "the volume has a combination of algorithms of its own",
+                code="cocoonfs-strength",
+                hint="name all of --hash, --cipher and --strength",
+            )
+        family, cipher, strength = family or defaults[0], cipher or defaults[1], strength or defaults[2]
+    if base is not None and arguments.profile is None:
+        sizes = {**sizes_of(base), **sizes}
+    made = layout_of(family, cipher, strength, **{**PROFILES[arguments.profile or "reference"], **sizes})
+    if not arguments.allow_weak:
+        made.refuse_weak()
+    return made
+
+
+# -- files on this machine -------------------------------------------------------------------------------------------
+
+
+def contents(source: Path, *, limit_bytes: int) -> bytes:
+    """What a file (or stdin, for ``-``) holds.
+
+    Args:
+        source: Its path.
+        limit_bytes: What cannot fit anyhow is not read into memory.
+
+    Raises:
+        BackendError: ``volume-input``.
+        StateError: ``cocoonfs-full``.
+    """
+    try:
+        with opened_input(source) as file:
+            data = file.read(limit_bytes + 1)
+    except OSError as error:
+        raise BackendError(f"cannot read the input: {error.strerror}", code="volume-input") from error
+    if len(data) > limit_bytes:
+        raise StateError(
+            "the input is larger than the volume", code="cocoonfs-full", hint="nothing was changed", limit=limit_bytes
+        )
+    return data
+
+
+@contextlib.contextmanager
+def opened_input(source: Path) -> Iterator[BinaryIO]:
+    """A file for reading, or stdin for ``-``.
+
+    Raises:
+        OSError: It cannot be opened.
+    """
+    if str(source) == "-":
+        yield sys.stdin.buffer
+        return
+    with source.open("rb") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def output(path: Path | None, *, force: bool, image: Path) -> Iterator[BinaryIO]:
+    """Where results go: a new file of mode 0600, or stdout.
+
+    Args:
+        path: None or ``-`` for stdout.
+        force: Whether a file that exists is overwritten.
+        image: Is never overwritten.
+
+    Raises:
+        BackendError: ``volume-output``. A file that was begun is taken away again.
+    """
+    if path is None or str(path) == "-":
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    if path.exists() and image.exists() and path.samefile(image):
+        raise BackendError(
+            "the output is the image itself", code="volume-output", hint="choose another name for the output"
+        )
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if force else os.O_EXCL)
+    try:
+        with os.fdopen(os.open(path, flags, 0o600), "wb") as file:
+            try:
+                yield file
+            except BaseException:
+                if not force:
+                    path.unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise BackendError(
+            f"cannot write the output: {error.strerror}", code="volume-output", hint="--force overwrites"
+        ) from error
+
+
+def give(arguments: argparse.Namespace, data: bytes, members: dict[str, object]) -> None:
+    """Contents as the answer of a verb: to --output, to stdout, or within one JSON object.
+
+    Args:
+        arguments: With output, force, image and json.
+        data: The contents.
+        members: What else the JSON object says.
+
+    Raises:
+        BackendError: ``volume-output``.
+    """
+    to_stdout = arguments.output is None or str(arguments.output) == "-"
+    if not (to_stdout and arguments.json):
+        with output(arguments.output, force=arguments.force, image=arguments.image) as file:
+            file.write(data)
+    if arguments.json:
+        shown = {**members, "data": base64.b64encode(data).decode()} if to_stdout else members
+        emit(shown, [], as_json=True)
