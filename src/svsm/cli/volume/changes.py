@@ -142,13 +142,14 @@ def _from_json(text: str) -> _Operation:
     if not isinstance(op, str) or op not in _MEMBERS:
         raise _wrong("op is write, rm or commit")
     needed, possible = _MEMBERS[op]
-    if not {"op"} | needed <= found.keys() <= {"op"} | needed | possible or ("file" in found) == ("data" in found) != (
-        op != "write"
-    ):
+    sources = len({"file", "data"} & found.keys())
+    if not {"op"} | needed <= found.keys() <= {"op"} | needed | possible or sources != (op == "write"):
         raise _wrong("members are missing, or there are others")
     path, data = found.get("file"), found.get("data", "")
     if not isinstance(data, str) or not isinstance(path, str | None):
         raise _wrong("file and data are strings")
+    if path is not None and "\0" in path:
+        raise _wrong("a path has no zero bytes")
     try:
         decoded = base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:
@@ -165,6 +166,8 @@ def _from_json(text: str) -> _Operation:
 def _from_words(text: str) -> _Operation:
     try:
         op, *rest = shlex.split(text)
+        if "\0" in text:
+            raise ValueError("a path has no zero bytes")
         numbers = [words.inode(word) for word in (rest[:1] + rest[2:])]
     except (ValueError, argparse.ArgumentTypeError) as error:
         raise _wrong(str(error)) from error

@@ -87,4 +87,4 @@ def _verdict(report: CheckReport) -> str:
     worst = report.worst.value
     if worst == "warning":
         return "No data is concerned; `svsm volume repair` mends this."
-    return "The volume is damaged: save what can be read (svsm volume export), and restore a copy."
+    return "The volume is damaged: read the files that are not concerned (svsm volume read), and restore a copy."
