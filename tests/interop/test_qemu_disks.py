@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from svsm.formats.errors import BackendError, SvsmError
+from svsm.formats.errors import BackendError, StateError, SvsmError
 from svsm.formats.virtio import Feature
 from svsm.host.qemu import PCI_WINDOW, DiskOptions, Machine, MachineKind, MachineOptions
 from svsm.storage.drivers.dma import DmaMemory
@@ -23,6 +23,7 @@ from svsm.storage.drivers.nvme.pci import ConfigurationSpace, enable_memory_bar,
 from svsm.storage.drivers.virtio.blk import BlkPolicy, VirtioBlk
 from svsm.testing.block_conformance import CHECKS, Check, Subject, initial_content
 from svsm.testing.qemu_harness import nvme_disk, virtio_disk
+from tests.qmp_support import Monitor
 from tests.support import peer
 
 pytestmark = pytest.mark.interop
@@ -41,6 +42,7 @@ class Bench:
         self.block = block
         self.deadline_seconds = deadline_seconds
         self.machines: list[Machine] = []
+        self._monitor: Monitor | None = None
 
     def start(self, *, read_only: bool = False) -> Disk:
         """A fresh machine; the one before is ended."""
@@ -50,7 +52,7 @@ class Bench:
         )
         machine_kind = MachineKind.Q35 if self.kind == "nvme" else MachineKind.MICROVM
         program = peer("qemu-system-x86_64")
-        self.machines.append(Machine(MachineOptions(machine_kind, disk=disk, program=program)))
+        self.machines.append(Machine(MachineOptions(machine_kind, disk=disk, monitor=True, program=program)))
         if self.kind == "nvme":
             return nvme_disk(self.machines[0], NvmePolicy(deadline_seconds=self.deadline_seconds, read_only=read_only))
         made = virtio_disk(self.machines[0], BlkPolicy(deadline_seconds=self.deadline_seconds))
@@ -63,11 +65,20 @@ class Bench:
         self.image.write_bytes(initial_content())
         return self.start(read_only=read_only)
 
+    def resize(self, size_bytes: int) -> None:
+        """Make the disk of the running machine larger or smaller."""
+        if self._monitor is None:
+            connection = self.machines[0].monitor
+            assert connection is not None
+            self._monitor = Monitor(connection)
+        self._monitor.resize("disk", size_bytes)
+
     def close(self) -> None:
         """End the machine."""
         for machine in self.machines:
             machine.close()
         self.machines.clear()
+        self._monitor = None
 
 
 @contextlib.contextmanager
@@ -94,7 +105,42 @@ def _quick(kind: str, check: Check) -> bool:
 )
 def test_conformance(kind: str, check: Check, tmp_path: Path) -> None:
     with bench(kind, tmp_path / "disk.raw") as made:
-        check(Subject(create=made.fresh, reopen=made.start, create_read_only=lambda: made.fresh(read_only=True)))
+        check(
+            Subject(
+                create=made.fresh,
+                reopen=made.start,
+                create_read_only=lambda: made.fresh(read_only=True),
+                # QEMU's NVMe does not let its image be resized.
+                grow=None if kind == "nvme" else lambda more: made.resize(_MIB + more),
+            )
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_a_resize_is_noticed(kind: str, tmp_path: Path) -> None:
+    """`block_resize` of a running machine's disk: the new end can be used, the lost one is refused here."""
+    with bench(kind, tmp_path / "disk.raw") as made:
+        disk = made.fresh()
+        assert not disk.poll()
+        made.resize(3 * _MIB)
+        with pytest.raises(StateError) as caught:
+            disk.write([(2 * _MIB, bytes(512))])  # not before it was told
+        assert caught.value.code == "block-range"
+        assert disk.poll()
+        assert (disk.size_bytes, disk.resizes) == (3 * _MIB, 1)
+        disk.write([(3 * _MIB - 4096, b"\x5a" * 4096)])
+        disk.flush()
+        assert made.image.read_bytes() == initial_content() + bytes(2 * _MIB - 4096) + b"\x5a" * 4096
+        made.resize(_MIB)
+        assert disk.poll()
+        assert not disk.poll()
+        assert (disk.size_bytes, disk.resizes) == (_MIB, 2)
+        with pytest.raises(StateError) as caught:
+            disk.read([(_MIB, 512)])
+        assert caught.value.code == "block-range"
+        assert disk.read([(0, _MIB)]) == [initial_content()]
+        assert made.image.stat().st_size == _MIB
+        disk.close()
 
 
 def test_blocks_of_4096_bytes_over_nvme(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -29,6 +28,7 @@ from svsm.storage.drivers.virtio.vhost_user import VhostUserBlk, VhostUserTransp
 from svsm.testing.hostile import qemu_trial
 from svsm.testing.hostile.trial import Outcome
 from svsm.testing.storage_daemon import StorageDaemon
+from tests.qmp_support import Monitor
 from tests.support import peer, vectors
 
 pytestmark = pytest.mark.interop
@@ -123,24 +123,13 @@ def test_the_name_is_shorter_than_its_length_says(folder: Path, monkeypatch: pyt
         driver.close()
 
 
-def _ask(monitor: socket.socket, request: dict[str, Any]) -> dict[str, Any]:
-    monitor.sendall(json.dumps(request).encode() + b"\n")
-    lines = monitor.makefile("rb")
-    while True:
-        answer: dict[str, Any] = json.loads(lines.readline())
-        if "return" in answer or "error" in answer:
-            return answer
-
-
 def test_a_resize_does_not_reach_the_front_end(folder: Path) -> None:
     """`block_resize` of the exported node changes it, and neither the configuration nor a later connection's."""
     with _daemon(folder, monitor=True) as daemon, socket.socket(socket.AF_UNIX) as monitor:
         driver = open_vhost_user(str(daemon.socket))
-        monitor.settimeout(30)
         monitor.connect(str(daemon.monitor_socket))
-        assert _ask(monitor, {"execute": "qmp_capabilities"}) == {"return": {}}
-        done = _ask(monitor, {"execute": "block_resize", "arguments": {"node-name": "disk", "size": 2 * _MIB}})
-        assert done == {"return": {}}
+        ask = Monitor(monitor).ask
+        assert ask("block_resize", **{"node-name": "disk", "size": 2 * _MIB}) == {}
         assert (folder / "disk.raw").stat().st_size == 2 * _MIB
         assert int.from_bytes(_transport(driver).configuration(0, 8), "little") * 512 == _MIB
         driver.reconnect()

@@ -88,7 +88,7 @@ class Server:
         self._close()
 
 
-def _ours(folder: Path, *more: str) -> Server:
+def our_server(folder: Path, *more: str) -> Server:
     where = folder / "ours.sock"
     command = [sys.executable, "-m", "svsm.testing.tpm_harness", "--state", str(folder / "ours.state")]
     return Server([*command, "--unix", str(where), *more], where, announces=True)
@@ -122,7 +122,7 @@ class Tools:
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
     peer("tpm2_getrandom")
-    made = _ours(tmp_path)
+    made = our_server(tmp_path)
     yield made
     if made.process.poll() is None:
         made.stop()
@@ -166,7 +166,7 @@ def test_state_persists_over_stops_and_kills(server: Server, tmp_path: Path) -> 
         (tmp_path / "value").write_bytes(round_number.to_bytes(8, "big"))
         tools.run("nvwrite", "-C", "o", "-i", "value", "0x1500002")
         server.stop() if round_number % 2 else server.kill()
-        again = _ours(tmp_path)
+        again = our_server(tmp_path)
         assert again.ready["ek_name"] == server.ready["ek_name"]
         server.process, server.ready = again.process, again.ready
         assert tools.run("nvread", "-C", "o", "-s", "8", "0x1500002").stdout == round_number.to_bytes(8, "big")
@@ -175,13 +175,13 @@ def test_state_persists_over_stops_and_kills(server: Server, tmp_path: Path) -> 
 def test_tcp_and_the_simulators_protocol(tmp_path: Path) -> None:
     peer("tpm2_getrandom")
     first = _free_ports()
-    server = _ours(tmp_path, "--tcp", str(first))
+    server = our_server(tmp_path, "--tcp", str(first))
     try:
         assert len(Tools(tmp_path, f"swtpm:host=127.0.0.1,port={first}").run("getrandom", "--hex", "4").stdout) == 8
     finally:
         server.stop()
     second = _free_ports()
-    server = _ours(tmp_path, "--mssim", str(second))
+    server = our_server(tmp_path, "--mssim", str(second))
     try:
         tools = Tools(tmp_path, f"mssim:host=127.0.0.1,port={second}")
         assert len(tools.run("getrandom", "--hex", "4").stdout) == 8
@@ -350,7 +350,7 @@ def test_every_acknowledged_write_survives_kills_at_random_moments(server: Serve
         time.sleep(random.uniform(0.005, 0.06))
         server.kill()
         writer.join()
-        again = _ours(tmp_path)
+        again = our_server(tmp_path)
         assert again.ready["ek_name"] == server.ready["ek_name"]
         server.process, server.ready = again.process, again.ready
         value = int.from_bytes(tools.run("nvread", "-C", "o", "-s", "8", "0x1500004").stdout, "big")
@@ -365,7 +365,7 @@ def test_the_dictionary_attack_counter_moves_as_swtpms(tmp_path: Path) -> None:
     peer("swtpm")
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    ours = play_guesses(tmp_path / "a", lambda: _ours(tmp_path / "a"), SCENARIO, orderly=True)
+    ours = play_guesses(tmp_path / "a", lambda: our_server(tmp_path / "a"), SCENARIO, orderly=True)
     # this swtpm does not tell its TPM when it is stopped
     theirs = play_guesses(tmp_path / "b", lambda: swtpm_server(tmp_path / "b"), SCENARIO, orderly=False)
     assert ours == theirs

@@ -28,6 +28,7 @@ from svsm.host.qemu_command import (
     MEBIBYTE,
     NVME_INTERRUPT,
     PCI_WINDOW,
+    TPM_WINDOW,
     VIRTIO_SLOT_BYTES,
     ConsoleOptions,
     Descriptors,
@@ -38,11 +39,12 @@ from svsm.host.qemu_command import (
     halting_firmware,
     virtio_slot,
 )
-from svsm.host.qtest import QtestClient
+from svsm.host.qtest import QtestClient, write_command
 
 __all__ = [
     "COM_PORTS",
     "PCI_WINDOW",
+    "ByteWindow",
     "ConsoleOptions",
     "DiskOptions",
     "Machine",
@@ -65,6 +67,8 @@ class MachineOptions:
         disk: Its disk, or none.
         serial_ports: COM1 to COMn.
         console: A virtio console, or none; microvm only.
+        tpm: The control socket of a TPM that speaks swtpm's protocol, or none.
+        monitor: Whether there is a QMP socket.
         timeout_seconds: For each qtest call.
         program: QEMU; by default found in PATH.
     """
@@ -74,6 +78,8 @@ class MachineOptions:
     disk: DiskOptions | None = None
     serial_ports: int = 0
     console: ConsoleOptions | None = None
+    tpm: Path | None = None
+    monitor: bool = False
     timeout_seconds: float = 10.0
     program: Path | None = None
 
@@ -93,6 +99,7 @@ class Machine:
         memory: All of the guest's memory, from guest-physical 0 on; this process's mapping of it.
         serial: The sockets at the other end of COM1 to COMn; owned by this until `take_serial`.
         console: The socket at the other end of the virtio console's port, where there is one; owned by this.
+        monitor: QMP, where it was asked for; nothing was said on it yet; owned by this.
         pid: The process.
     """
 
@@ -106,6 +113,7 @@ class Machine:
         self.options = options
         self.serial: list[socket.socket] = []
         self.console: socket.socket | None = None
+        self.monitor: socket.socket | None = None
         self._stack = contextlib.ExitStack()
         try:
             self._start()
@@ -137,13 +145,19 @@ class Machine:
                 self.console, far = socket.socketpair()
                 stack.callback(self.console.close)
                 console = theirs.enter_context(far).fileno()
-            descriptors = Descriptors(memory_fd, firmware_fd, qtest.fileno(), ports, console=console)
+            monitor = None
+            if options.monitor:
+                self.monitor, far = socket.socketpair()
+                stack.callback(self.monitor.close)
+                monitor = theirs.enter_context(far).fileno()
+            descriptors = Descriptors(memory_fd, firmware_fd, qtest.fileno(), ports, console=console, monitor=monitor)
             words = command_words(
                 options.kind,
                 descriptors,
                 memory_bytes=options.memory_bytes,
                 disk=options.disk,
                 console=options.console,
+                tpm=options.tpm,
             )
             command = [program, *words]
             setpriv = shutil.which("setpriv")
@@ -220,6 +234,10 @@ class Machine:
         """The NVMe controller's registers, where its BAR was put."""
         return MemoryWindow(self.qtest, address, size_bytes, NVME_INTERRUPT)
 
+    def tpm_registers(self) -> ByteWindow:
+        """The TPM's registers, of all localities."""
+        return ByteWindow(self.qtest, *TPM_WINDOW)
+
 
 class MemoryWindow:
     """A device's registers in memory, as drivers want them: 32 bits at a time. Writes are posted.
@@ -257,6 +275,37 @@ class MemoryWindow:
 
     def close(self) -> None:
         """Nothing: the machine is somebody else's."""
+
+
+class ByteWindow:
+    """A device's registers in memory, of any width; a byte at one address can be read or written many times."""
+
+    def __init__(self, qtest: QtestClient, address: int, size_bytes: int) -> None:
+        self._qtest = qtest
+        self._address = address
+        self._size_bytes = size_bytes
+
+    def _at(self, offset: int, width_bytes: int) -> int:
+        if not 0 <= offset <= self._size_bytes - width_bytes:
+            raise StateError("there is no such register", code="qemu-width", got=offset)
+        return self._address + offset
+
+    def read(self, offset: int, width_bytes: int) -> int:
+        """1, 2, 4 or 8 bytes; a round trip."""
+        return self._qtest.read(self._at(offset, width_bytes), width_bytes)
+
+    def write(self, offset: int, width_bytes: int, value: int) -> None:
+        """As `read`; posted."""
+        self._qtest.write(self._at(offset, width_bytes), width_bytes, value)
+
+    def read_bytes(self, offset: int, count: int) -> bytes:
+        """The byte at `offset`, so many times."""
+        return bytes(self._qtest.read_many(self._at(offset, 1), 1, count))
+
+    def write_bytes(self, offset: int, data: bytes) -> None:
+        """Each byte, to the same offset; posted."""
+        address = self._at(offset, 1)
+        self._qtest.post([write_command(address, 1, value) for value in data])
 
 
 class PortWindow:

@@ -4,6 +4,9 @@
     microvm   virtio-blk and a virtio console behind virtio-mmio (modern), COM1 to COM4
     q35       NVMe on PCI bus 0, COM1 to COM4
 
+Both can have a TPM behind the TIS registers at 0xFED40000, served by somebody else over swtpm's control socket, and a
+monitor (QMP).
+
 The guest's memory is a memory file that somebody else made and shares; its first byte is guest-physical 0. The
 firmware is three instructions (disable interrupts, halt, again), so no guest code runs but time does: with a machine
 that is stopped the serial ports' timers would never fire. The accelerator is always TCG: a /dev/kvm may exist that
@@ -28,6 +31,7 @@ __all__ = [
     "NVME_INTERRUPT",
     "PCI_WINDOW",
     "PROGRAM",
+    "TPM_WINDOW",
     "VIRTIO_BASE",
     "VIRTIO_INTERRUPT",
     "VIRTIO_SLOTS",
@@ -55,6 +59,8 @@ PCI_WINDOW: Final = (0xE000_0000, 16 * MEBIBYTE)
 """Address and size of a part of q35's hole for PCI devices where nothing is."""
 NVME_INTERRUPT: Final = 20
 """I/O APIC input of INTA of device 4 on q35's bus 0, before firmware routes it elsewhere."""
+TPM_WINDOW: Final = (0xFED4_0000, 0x5000)
+"""Address and size of the TIS registers: one page for each of five localities."""
 VIRTIO_BASE: Final = 0xFEB0_0000
 VIRTIO_SLOT_BYTES: Final = 0x200
 VIRTIO_SLOTS: Final = 8
@@ -116,6 +122,7 @@ class Descriptors:
         serial: The other ends of serial ports, connected sockets: 0 is COM1.
         disk: The image, when the disk has no path of its own.
         console: The other end of the virtio console's port, a connected socket.
+        monitor: The other end of QEMU's monitor, a connected socket.
     """
 
     memory: int
@@ -124,10 +131,12 @@ class Descriptors:
     serial: Mapping[int, int] = dataclasses.field(default_factory=dict)
     disk: int | None = None
     console: int | None = None
+    monitor: int | None = None
 
     def all(self) -> list[int]:
         """Every one of them."""
-        optional = [descriptor for descriptor in (self.disk, self.console) if descriptor is not None]
+        maybe = (self.disk, self.console, self.monitor)
+        optional = [descriptor for descriptor in maybe if descriptor is not None]
         return [self.memory, self.firmware, self.qtest, *self.serial.values(), *optional]
 
 
@@ -167,6 +176,7 @@ def command_words(
     memory_bytes: int,
     disk: DiskOptions | None,
     console: ConsoleOptions | None = None,
+    tpm: Path | None = None,
 ) -> list[str]:
     """The arguments, without the program.
 
@@ -176,6 +186,7 @@ def command_words(
         memory_bytes: Of the guest; whole MiB, and all of them lie below 3 GiB.
         disk: Its disk, or none.
         console: Its virtio console, or none; `Descriptors.console` is its other end.
+        tpm: The control socket of a TPM that speaks swtpm's protocol, or none.
     """
     machine = "microvm,ioapic2=off,isa-serial=off,rtc=off" if kind is MachineKind.MICROVM else "q35,hpet=off"
     memory = f"memory-backend-file,id=ram,size={memory_bytes},share=on,mem-path=/proc/self/fd/{descriptors.memory}"
@@ -191,6 +202,10 @@ def command_words(
     words += _disk_words(kind, disk)
     if console is not None:
         words += _console_words(console, descriptors)
+    if tpm is not None:
+        words += _tpm_words(tpm)
+    if descriptors.monitor is not None:
+        words += ["-chardev", f"socket,id=monitor,fd={descriptors.monitor}", "-mon", "chardev=monitor,mode=control"]
     return words + _serial_words(descriptors.serial)
 
 
@@ -226,6 +241,14 @@ def _console_words(console: ConsoleOptions, descriptors: Descriptors) -> list[st
     return [
         *("-chardev", f"socket,id=key,fd={descriptors.console}"),
         *("-device", bus, "-device", f"{kind},chardev=key,nr={console.port},name=svsm.key"),
+    ]
+
+
+def _tpm_words(control: Path) -> list[str]:
+    path = str(control).replace(",", ",,")  # a comma ends an option's value
+    return [
+        *("-chardev", f"socket,id=tpm-control,path={path}", "-tpmdev", "emulator,id=tpm,chardev=tpm-control"),
+        *("-device", "tpm-tis,tpmdev=tpm"),
     ]
 
 

@@ -228,7 +228,11 @@ class QtestClient:
 
     def read(self, address: int, width_bytes: int) -> int:
         """Guest memory or device registers: 1, 2, 4 or 8 bytes."""
-        return self._numbers([read_command(address, width_bytes)])[0]
+        return self.read_many(address, width_bytes, 1)[0]
+
+    def read_many(self, address: int, width_bytes: int, count: int) -> list[int]:
+        """The same place so many times, in one round trip: a device's FIFO."""
+        return self._numbers([read_command(address, width_bytes)] * count)
 
     def write(self, address: int, width_bytes: int, value: int) -> None:
         """As `read`; posted."""
