@@ -136,20 +136,13 @@ class Machine:
             stack.callback(self.qtest.close)
             ports: dict[int, int] = {}
             for index in range(options.serial_ports):
-                near, far = socket.socketpair()
+                near, ports[index] = self._pair(theirs)
                 self.serial.append(near)
-                stack.callback(near.close)
-                ports[index] = theirs.enter_context(far).fileno()
-            console = None
+            console = monitor = None
             if options.console is not None:
-                self.console, far = socket.socketpair()
-                stack.callback(self.console.close)
-                console = theirs.enter_context(far).fileno()
-            monitor = None
+                self.console, console = self._pair(theirs)
             if options.monitor:
-                self.monitor, far = socket.socketpair()
-                stack.callback(self.monitor.close)
-                monitor = theirs.enter_context(far).fileno()
+                self.monitor, monitor = self._pair(theirs)
             descriptors = Descriptors(memory_fd, firmware_fd, qtest.fileno(), ports, console=console, monitor=monitor)
             words = command_words(
                 options.kind,
@@ -183,6 +176,12 @@ class Machine:
             raise BackendError(
                 "QEMU did not start", code="qemu-start", hint=self.messages() or None, violation=error.code
             ) from error
+
+    def _pair(self, theirs: contextlib.ExitStack) -> tuple[socket.socket, int]:
+        """A socket of ours, and the descriptor of its other end, which is closed with `theirs`."""
+        near, far = socket.socketpair()
+        self._stack.callback(near.close)
+        return near, theirs.enter_context(far).fileno()
 
     def _memory_file(self, name: str, size_bytes: int) -> int:
         descriptor = os.memfd_create(f"svsm-qemu-{name}", os.MFD_CLOEXEC)
