@@ -29,13 +29,13 @@ from types import TracebackType
 from svsm.confine import filter as seccomp
 from svsm.confine import libc, process
 from svsm.confine.lists import Role
+from svsm.confine.sealing import seal
 from svsm.confine.syscalls import NUMBERS
 from svsm.formats.errors import BackendError, StateError
 from svsm.formats.record import Buffer
 
 __all__ = ["Process", "Spawner", "sealed_memfd", "spawn_kernel", "spawn_service", "start_spawner"]
 
-_ALL_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 _MESSAGE_BYTES = 1 << 16
 _DESCRIPTORS = 32
 _FIRST_DESCRIPTOR = 3
@@ -97,7 +97,7 @@ def sealed_memfd(name: str, data: Buffer) -> int:
     view = memoryview(data)
     while len(view):
         view = view[os.write(descriptor, view) :]
-    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _ALL_SEALS)
+    seal(descriptor)
     return descriptor
 
 
@@ -211,15 +211,16 @@ def spawn_service(
 def _run(request: _Request, loader_text: Buffer, descriptors: list[int], spawner: Spawner | None) -> Process:
     if len(descriptors) > _DESCRIPTORS:
         raise StateError("too many descriptors for one process", code="spawn-request", limit=_DESCRIPTORS)
-    loader = sealed_memfd("loader", loader_text)
     try:
-        if spawner is not None:
-            return spawner._start(request, loader, descriptors)
-        return _launch(request, loader, descriptors)
+        loader = sealed_memfd("loader", loader_text)
+        try:
+            if spawner is not None:
+                return spawner._start(request, loader, descriptors)
+            return _launch(request, loader, descriptors)
+        finally:
+            os.close(loader)
     except OSError as error:
         raise BackendError("a process could not be started", code="spawn-failed", role=request.role) from error
-    finally:
-        os.close(loader)
 
 
 class Spawner:

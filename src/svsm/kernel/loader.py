@@ -30,6 +30,8 @@ from types import CodeType, ModuleType
 MFD_FLAGS = 0x0001 | 0x0002  # MFD_CLOEXEC, MFD_ALLOW_SEALING
 F_ADD_SEALS, F_GET_SEALS = 1033, 1034
 ALL_SEALS = 1 | 2 | 4 | 8  # SEAL, SHRINK, GROW, WRITE
+SEAL_TRIES = 16
+EBUSY = 16
 PYC_HEADER_BYTES = 16
 MARK = "confined"
 ARCHIVE_LIMIT_BYTES = 256 << 20
@@ -110,8 +112,6 @@ def _little(data: bytes, offset: int, length: int) -> int:
 
 
 def _sealed_copy(source: int, offset: int, length: int, name: str) -> int:
-    import fcntl
-
     target = os.memfd_create(name, MFD_FLAGS)
     done = 0
     while done < length:
@@ -119,8 +119,22 @@ def _sealed_copy(source: int, offset: int, length: int, name: str) -> int:
         if copied <= 0:
             raise Refusal("payload-archive", f"{name} is cut short")
         done += copied
-    fcntl.fcntl(target, F_ADD_SEALS, ALL_SEALS)
+    _seal(target, name)
     return target
+
+
+def _seal(descriptor: int, name: str) -> None:
+    """Let nobody change a file of memory any more; see svsm.confine.sealing, which has to wait for the same."""
+    import fcntl
+
+    for _ in range(SEAL_TRIES):
+        try:
+            fcntl.fcntl(descriptor, F_ADD_SEALS, ALL_SEALS)
+            return
+        except OSError as error:
+            if error.errno != EBUSY:
+                raise
+    raise Refusal("payload-archive", f"the system does not let {name} be sealed")
 
 
 class Manifest:

@@ -10,7 +10,6 @@ sources, hashes and archives that building it takes.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from svsm.cli.supervisor.release import Release
 from svsm.cli.supervisor.roles import Emit
+from svsm.confine.sealing import seal
 from svsm.formats.errors import BackendError
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from svsm.launch.payload import Payload
 
 __all__ = ["Image", "image_body"]
-
-_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -114,6 +112,9 @@ def _read(source: Path) -> bytes:
 
 def _fill(output: int, data: Buffer) -> None:
     view = memoryview(data)
-    while view:
-        view = view[os.write(output, view) :]
-    fcntl.fcntl(output, fcntl.F_ADD_SEALS, _SEALS)
+    try:
+        while view:
+            view = view[os.write(output, view) :]
+        seal(output)
+    except OSError as failed:
+        raise BackendError(f"the image cannot be kept in memory: {failed.strerror}", code="boot-image") from failed
