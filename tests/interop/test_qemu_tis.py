@@ -13,7 +13,7 @@ import pytest
 
 from svsm.formats import tpm
 from svsm.formats.errors import BackendError, StateError
-from svsm.host.qemu import Machine, MachineKind, MachineOptions
+from svsm.host.qemu import TPM_INTERRUPT, Machine, MachineKind, MachineOptions
 from svsm.testing.tpm_tis import PAGE_BYTES, Access, Register, Status, Tis
 from tests.e2e.tpm_support import TpmClient, pcr_extend, pcr_read
 from tests.interop.test_vtpm_tools import Server, Tools, our_server
@@ -25,6 +25,7 @@ _RC_LOCALITY = 0x907
 _RC_FATAL = bytes.fromhex("00c40000000a00000009")
 """What QEMU itself says, as a TPM 1.2 would, when its TPM has gone."""
 _PCR_OF_LOCALITY_2 = 20
+_INT_GLOBAL, _INT_DATA_AVAIL, _INT_ALL = 1 << 31, 1 << 0, 0x87
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +200,37 @@ def test_an_impossible_size_ends_that_guests_tpm_alone(server: Server, size: int
         assert tis.ask(tpm.get_random(8)) == _RC_FATAL
     with guest(server) as machine:
         alive(owned(machine))
+
+
+def test_an_interrupt_says_that_the_answer_is_there(server: Server) -> None:
+    with guest(server) as machine:
+        tis = owned(machine)
+        registers = machine.tpm_registers()
+        registers.write(Register.INT_ENABLE, 4, _INT_GLOBAL | _INT_DATA_AVAIL)
+        tis.ready()
+        tis.send(tpm.get_random(16))
+        assert not machine.qtest.wait_interrupt(TPM_INTERRUPT, 0)
+        tis.write_status(Status.GO)
+        assert machine.qtest.wait_interrupt(TPM_INTERRUPT, 30)
+        assert registers.read(Register.INT_STATUS, 4) & _INT_DATA_AVAIL
+        assert tis.status()[0] & Status.DATA_AVAIL
+        assert len(tis.receive(time.monotonic() + 30)) == 28
+        registers.write(Register.INT_STATUS, 4, _INT_ALL)
+        assert registers.read(Register.INT_STATUS, 4) == 0
+        assert not machine.qtest.wait_interrupt(TPM_INTERRUPT, 0)
+
+
+def test_a_tpm_that_dies_under_its_guest(tmp_path: Path) -> None:
+    mortal = our_server(tmp_path)
+    try:
+        with guest(mortal) as machine:
+            tis = owned(machine)
+            mortal.kill()
+            assert tis.ask(tpm.get_random(8)) == _RC_FATAL
+            assert tis.access() & Access.ACTIVE_LOCALITY, "the machine lives on"
+    finally:
+        if mortal.process.poll() is None:
+            mortal.kill()
 
 
 def test_random_register_writes(server: Server) -> None:

@@ -28,6 +28,7 @@ from svsm.host.qemu_command import (
     MEBIBYTE,
     NVME_INTERRUPT,
     PCI_WINDOW,
+    TPM_INTERRUPT,
     TPM_WINDOW,
     VIRTIO_SLOT_BYTES,
     ConsoleOptions,
@@ -44,6 +45,7 @@ from svsm.host.qtest import QtestClient, write_command
 __all__ = [
     "COM_PORTS",
     "PCI_WINDOW",
+    "TPM_INTERRUPT",
     "ByteWindow",
     "ConsoleOptions",
     "DiskOptions",

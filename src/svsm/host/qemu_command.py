@@ -31,6 +31,7 @@ __all__ = [
     "NVME_INTERRUPT",
     "PCI_WINDOW",
     "PROGRAM",
+    "TPM_INTERRUPT",
     "TPM_WINDOW",
     "VIRTIO_BASE",
     "VIRTIO_INTERRUPT",
@@ -61,6 +62,7 @@ NVME_INTERRUPT: Final = 20
 """I/O APIC input of INTA of device 4 on q35's bus 0, before firmware routes it elsewhere."""
 TPM_WINDOW: Final = (0xFED4_0000, 0x5000)
 """Address and size of the TIS registers: one page for each of five localities."""
+TPM_INTERRUPT: Final = 5
 VIRTIO_BASE: Final = 0xFEB0_0000
 VIRTIO_SLOT_BYTES: Final = 0x200
 VIRTIO_SLOTS: Final = 8
