@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from svsm.host.qemu import TPM_INTERRUPT, Machine, MachineKind, MachineOptions
 from svsm.testing.tpm_tis import PAGE_BYTES, Access, Register, Status, Tis
 from tests.e2e.tpm_support import TpmClient, pcr_extend, pcr_read
 from tests.interop.test_vtpm_tools import Server, Tools, our_server
-from tests.support import peer
+from tests.support import await_listener, peer
 
 pytestmark = pytest.mark.interop
 
@@ -231,6 +232,36 @@ def test_a_tpm_that_dies_under_its_guest(tmp_path: Path) -> None:
     finally:
         if mortal.process.poll() is None:
             mortal.kill()
+
+
+@pytest.mark.long
+def test_swtpm_and_qemu_wait_for_each_other(tmp_path: Path) -> None:
+    """Six bytes that say "6 bytes": swtpm waits for ten, and QEMU, told to abort, for swtpm, in its main loop."""
+    control = tmp_path / "ctrl"
+    words = [
+        peer("swtpm"),
+        "socket",
+        "--tpm2",
+        "--tpmstate",
+        f"dir={tmp_path}",
+        "--ctrl",
+        f"type=unixio,path={control}",
+    ]
+    with subprocess.Popen(words, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as swtpm:
+        await_listener(control, swtpm)
+        options = MachineOptions(MachineKind.MICROVM, tpm=control, program=peer("qemu-system-x86_64"))
+        with contextlib.closing(Machine(options)) as machine:
+            tis = owned(machine)
+            tis.ready()
+            tis.put(tpm.CommandHeader(0x8001, 6, 0x17B).pack()[:6])
+            tis.write_status(Status.GO)
+            with pytest.raises(BackendError) as caught:
+                tis.receive(time.monotonic() + 1)
+            assert caught.value.code == "tis-timeout"
+            with pytest.raises(BackendError) as caught:
+                tis.ready()
+            assert caught.value.code == "qemu-timeout"
+        swtpm.kill()
 
 
 def test_random_register_writes(server: Server) -> None:
