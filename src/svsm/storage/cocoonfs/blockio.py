@@ -11,10 +11,13 @@ from collections.abc import Iterable, Sequence
 
 from svsm.abi.block import BlockDevice
 from svsm.formats.errors import FormatError
+from svsm.formats.record import Buffer
 from svsm.storage.cocoonfs.encoding import Extent, merge_ranges
 from svsm.storage.cocoonfs.layout import ImageLayout
 
 __all__ = ["BlockIo"]
+
+_SMALL_BYTES = 1 << 16  # a larger piece is not copied for the sake of one request less
 
 
 class BlockIo:
@@ -86,17 +89,17 @@ class BlockIo:
         """The raw contents of one extent."""
         return self.read_many([extent])[0]
 
-    def write(self, pieces: Iterable[tuple[int, bytes]]) -> None:
-        """Write (first ab, contents) pieces; neighbours are joined, no order is promised."""
-        joined: list[tuple[int, list[bytes]]] = []
+    def write(self, pieces: Iterable[tuple[int, Buffer]]) -> None:
+        """Write (first ab, contents) pieces; small neighbours are joined, no order is promised."""
+        joined: list[tuple[int, list[Buffer]]] = []
         end = -1
         for begin, data in sorted(pieces, key=lambda piece: piece[0]):
             offset = begin * self._ab_bytes
-            if offset == end:
+            if offset == end and len(data) <= _SMALL_BYTES:
                 joined[-1][1].append(data)
             else:
                 joined.append((offset, [data]))
-            end = offset + len(data)
+            end = offset + len(data) if len(data) <= _SMALL_BYTES else -1
         self.device.write([(offset, parts[0] if len(parts) == 1 else b"".join(parts)) for offset, parts in joined])
 
     @property

@@ -43,6 +43,8 @@ def _from_class(least: int) -> re.Pattern[bytes]:
     return re.compile(b"[" + re.escape(bytes([least])) + b"-\xff]")
 
 
+_RUNS = [re.compile(rb"(?<!\0)\0{%d}(?!\0)" % (kind + 1)) for kind in range(_SHORT - 1)]
+_RUNS.append(re.compile(rb"\0{%d,}" % _SHORT))
 _KINDS = [_having(kind) for kind in range(_SHORT)]
 _CLASSES = [_from_class(least) for least in range(_CHUNK.bit_length() + 1)]
 
@@ -139,6 +141,18 @@ class BlockMap:
             found = joined[begin - first * _CHUNK : end - first * _CHUNK]
         return found.ljust(end - begin, b"\0")
 
+    def words(self, begin: int, end: int) -> bytes:
+        """``[begin, end)`` as little-endian bits, both multiples of eight; zero beyond the image's end."""
+        parts: list[bytes] = []
+        for number in range(begin // _CHUNK, min(-(-end // _CHUNK), len(self._chunks))):
+            chunk, base = self._chunks[number], number * _CHUNK
+            low, high = max(begin - base, 0), min(end - base, _CHUNK)
+            if chunk is _ALL_FREE or chunk is _ALL_USED:
+                parts.append((b"\xff" if chunk[0] else b"\0") * ((high - low) // 8))
+            else:
+                parts.append(pack_states(chunk[low:high].ljust(high - low, b"\0")))
+        return b"".join(parts).ljust((end - begin) // 8, b"\0")
+
     def all_used(self, extent: Extent) -> bool:
         """Whether every block of an extent is in use (and within the image)."""
         begin, length = extent
@@ -215,13 +229,14 @@ class BlockMap:
         if known is not None and known[0] is chunk and number not in self._owned:
             _, self._kinds[number], self._classes[number], self._units[number] = known
             return
-        kinds = longest = units = 0
-        for match in _FREE.finditer(chunk):
-            begin, end = match.span()
-            length = end - begin
+        lengths = set(map(len, _FREE.findall(chunk)))
+        kinds, longest = 0, max(lengths, default=0)
+        for length in lengths:
             kinds |= 1 << min(length, _SHORT) - 1
-            longest = max(longest, length)
-            units += max(0, end // unit - -(-begin // unit))
+        used = 0
+        for index in range(unit):  # every IO block's first block, every one's second, …: a 1 stays where one is used
+            used |= int.from_bytes(chunk[index::unit], "little")
+        units = len(chunk) // unit - used.bit_count()
         self._kinds[number], self._classes[number], self._units[number] = kinds, longest.bit_length(), units
         if number not in self._owned:  # nobody changes it any more: an owner would
             self._learnt[number] = chunk, kinds, longest.bit_length(), units
@@ -274,9 +289,9 @@ class BlockMap:
             for number in self._of_kind(kind):
                 base = number * _CHUNK
                 best: tuple[int, int] | None = None
-                for match in _FREE.finditer(self._chunks[number]):
+                for match in _RUNS[kind].finditer(self._chunks[number]):
                     room = match.end() - match.start()
-                    if min(room, _SHORT) - 1 != kind or (best is not None and room >= best[0]):
+                    if best is not None and room >= best[0]:
                         continue
                     begin = align_up(base + match.start(), unit)
                     if begin + length <= base + match.end():

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from svsm.formats.errors import FormatError
+from svsm.formats.record import Buffer
 from svsm.storage.cocoonfs.allocation import bitmap_blocks
 from svsm.storage.cocoonfs.auxarea import AuxArea
 from svsm.storage.cocoonfs.blockio import BlockIo
@@ -226,10 +227,11 @@ def _entry_leaf(volume: VolumeContext, header: MutableHeader, node_format: NodeF
     return begin, raw, node_format.parse_leaf(payload, header.image_ab)
 
 
-def entry_leaf_mac(layout: ImageLayout, keys: Keys, raw: bytes) -> bytes:
+def entry_leaf_mac(layout: ImageLayout, keys: Keys, raw: Buffer) -> bytes:
     """The MAC in the header that allows decrypting the entry leaf before the tree is known."""
     state = keys.preauth_mac(INDEX_DOMAIN)
-    state.update(raw + layout.cipher.encoded + Subject.INDEX_NODE)
+    state.update(raw)
+    state.update(layout.cipher.encoded + Subject.INDEX_NODE)
     return state.finalize()
 
 

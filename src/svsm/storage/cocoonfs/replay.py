@@ -60,9 +60,9 @@ def bitmap_cover(
     per_block = bits_per_bitmap_block(layout)
     per_leaf = 1 << geometry.leaf_log2
     numbers: set[int] = set()
-    for leaf in set(leaves):
+    for leaf, following in merge_ranges([(leaf, 1) for leaf in set(leaves)]):
         first = leaf * per_leaf
-        count = min(per_leaf, geometry.data_blocks - first)
+        count = min(following * per_leaf, geometry.data_blocks - first)
         for _, (begin, length) in geometry.runs(first, count):
             end = min(begin + length, geometry.image_ab)
             numbers.update(range(begin // per_block, (end - 1) // per_block + 1))

@@ -21,10 +21,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from svsm.formats.errors import StateError
+from svsm.formats.record import Buffer
 from svsm.storage.cocoonfs.allocation import Space, bits_per_bitmap_block, no_space
 from svsm.storage.cocoonfs.aux import AuxMetadata
 from svsm.storage.cocoonfs.auxarea import NO_AUX, AuxArea, fresh_contents, place_group
-from svsm.storage.cocoonfs.blockmap import BlockMap, Counted, pack_states
+from svsm.storage.cocoonfs.blockmap import BlockMap, Counted
 from svsm.storage.cocoonfs.encoding import (
     MAX_POINTER_EXTENT_AB,
     Extent,
@@ -51,6 +52,7 @@ from svsm.storage.cocoonfs.journal import (
 )
 from svsm.storage.cocoonfs.keys import COUNTER_DOMAIN, INDEX_DOMAIN, JOURNAL_DOMAIN
 from svsm.storage.cocoonfs.layout import BITMAP_INODE, INDEX_INODE, MutableHeader, align_up
+from svsm.storage.cocoonfs.newblocks import NewBlocks
 from svsm.storage.cocoonfs.replay import bitmap_cover, block_place
 from svsm.storage.cocoonfs.tree import TreeUpdate
 
@@ -78,7 +80,7 @@ class CommitPlan:
 
     header: MutableHeader
     counter: int
-    in_place: list[tuple[int, bytes]] = field(repr=False)
+    in_place: list[tuple[int, Buffer]] = field(repr=False)
     staging: list[tuple[int, bytes]] = field(repr=False)
     targets: list[tuple[int, bytes]] = field(repr=False)
     log_tails: list[tuple[int, bytes]] = field(repr=False)
@@ -114,9 +116,8 @@ class _Layout:
         self.space = Space(self.layout, image.used, frugal=frugal)
         self.used = image.used.copy()
         self.freed: list[Extent] = []
-        self.writes: list[tuple[int, bytes]] = []
+        self.writes: list[tuple[int, Buffer]] = []
         self.editor = IndexEditor(image.format, image.load, image.root, self.space.block)
-        self._base: dict[int, bytes] = {}
         self.aux = image.aux.extents
         self.aux_pointers = image.header.aux_pointers
 
@@ -166,9 +167,11 @@ class _Layout:
     def _lay(self, extents: Iterable[Extent], content: bytes) -> None:
         at = 0
         for begin, length in extents:
-            self.writes.append((begin, content[at : at + length * self.layout.ab_bytes]))
+            end = at + length * self.layout.ab_bytes
+            whole = end - at == len(content)
+            self.writes.append((begin, content if whole else memoryview(content)[at:end]))
             self.used.set(((begin, length),), 1)
-            at += length * self.layout.ab_bytes
+            at = end
 
     def _place_list(self, inode: int, encoded: bytes) -> Extent:
         chain = Chain(self.layout, 0, None, b"", "extents list")
@@ -239,92 +242,8 @@ class _Layout:
         size = self.layout.bitmap_ab * self.layout.ab_bytes
         for number in self.used.differing(self.image.used, per_block):
             place = block_place(self.image.bitmap_extents, number * self.layout.bitmap_ab)
-            words = pack_states(self.used.states(number * per_block, (number + 1) * per_block))
+            words = self.used.words(number * per_block, (number + 1) * per_block)
             self.writes.append((place, encrypt_block(encrypt, words, size, self.random)))
-
-    # -- contents of blocks ------------------------------------------------------------------------------------
-
-    def _base_block(self, number: int) -> bytes:
-        """A journal block as it is now, checked."""
-        if number not in self._base:
-            unit = self.layout.journal_ab
-            self._base[number] = self.image.read_checked(number * unit, (number + 1) * unit)
-        return self._base[number]
-
-    def _dirty_io(self, writes: list[tuple[int, bytes]]) -> dict[int, bytes]:
-        """Whole IO blocks from the writes, what is between them taken from the disk."""
-        size, unit, io_bytes = self.layout.ab_bytes, self.layout.io_ab, self.layout.io_bytes
-        dirty: dict[int, bytes] = {}
-        partial: dict[int, bytearray] = {}
-        for begin, data in writes:
-            end = begin + len(data) // size
-            for number in range(begin // unit, -(-end // unit)):
-                lo, hi = number * unit, (number + 1) * unit
-                if begin <= lo and hi <= end:
-                    dirty[number] = data[(lo - begin) * size : (hi - begin) * size]
-                    continue
-                if number not in partial:
-                    partial[number] = bytearray(self._old_io(number))
-                first, last = max(begin, lo), min(end, hi)
-                part = data[(first - begin) * size : (last - begin) * size]
-                partial[number][(first - lo) * size : (first - lo) * size + len(part)] = part
-        dirty.update((number, bytes(content)) for number, content in partial.items())
-        if any(len(content) != io_bytes for content in dirty.values()):
-            raise StateError("an IO block came out with the wrong length", code="cocoonfs-failed")
-        return dirty
-
-    def _old_io(self, number: int) -> bytes:
-        """An IO block as it is now; random where none of it is in use."""
-        unit, size = self.layout.io_ab, self.layout.ab_bytes
-        if not self.image.used.any_used(number * unit, (number + 1) * unit):
-            return self.random(unit * size)
-        per_journal = self.layout.journal_ab // unit
-        skip = number % per_journal * unit * size
-        return self._base_block(number // per_journal)[skip : skip + unit * size]
-
-    def _new_content(self, begin: int, end: int, dirty: Mapping[int, bytes], counted: Counted) -> bytes:
-        """Contents of journal-aligned ``[begin, end)`` after the commit, as far as they count."""
-        unit, io_unit = self.layout.journal_ab, self.layout.io_ab
-        io_bytes = self.layout.io_bytes
-        parts: list[bytes] = []
-        for lo in range(begin, end, unit):
-            numbers = range(lo // io_unit, (lo + unit) // io_unit)
-            missing = [number for number in numbers if number not in dirty]
-            if missing and 1 in counted.states(lo, lo + unit):
-                base = self._base_block(lo // unit)
-                parts += [
-                    dirty.get(number, base[(number - numbers[0]) * io_bytes : (number - numbers[0] + 1) * io_bytes])
-                    for number in numbers
-                ]
-            else:
-                parts += [dirty.get(number, bytes(io_bytes)) for number in numbers]
-        return b"".join(parts)
-
-    def _changed(self, writes: Iterable[tuple[int, bytes]]) -> list[Extent]:
-        """Journal-aligned ranges whose digests change."""
-        unit, size = self.layout.journal_ab, self.layout.ab_bytes
-        ranges = []
-        for begin, length in [*((begin, len(data) // size) for begin, data in writes), *self.freed]:
-            first = begin // unit * unit
-            ranges.append((first, align_up(begin + length, unit) - first))
-        return merge_ranges(ranges)
-
-    def _digests(
-        self, changed: list[Extent], dirty: Mapping[int, bytes], counted: Counted
-    ) -> tuple[list[Extent], dict[int, bytes]]:
-        """(ranges for the log, new digest of each data block)."""
-        tree, unit = self.image.tree, self.layout.data_ab
-        image_end = align_up(self.image.image_ab, unit)
-        ranges: list[Extent] = []
-        digests: dict[int, bytes] = {}
-        for begin, length in changed:
-            content = self._new_content(begin, begin + length, dirty, counted)
-            end = min(begin + length, image_end)
-            first = tree.geometry.block_at(begin)
-            made = tree.digester.digests(first, content, counted.states(begin, end))
-            digests.update(enumerate(made, first))
-            ranges.append((begin, end - begin))
-        return ranges, digests
 
     # -- the commit --------------------------------------------------------------------------------------------
 
@@ -340,10 +259,9 @@ class _Layout:
         counter = (image.counter + 1) % _COUNTER_LIMIT
         header = self._header(counter, nodes)
         begin = image.volume.places.header_begin_ab
-        provisional = [*self.writes, (begin, header.pack(layout))]
-        dirty = self._dirty_io(provisional)
-        ranges, digests = self._digests(self._changed(provisional), dirty, counted)
-        update = image.tree.update(digests, header.encrypted_counter)
+        blocks = NewBlocks(image, [*self.writes, (begin, header.pack(layout))], self.random)
+        changed = blocks.changed(self.freed)
+        update = image.tree.update(blocks.digests(changed, counted), header.encrypted_counter)
         header = MutableHeader(
             header.aux_pointers,
             update.root_digest,
@@ -353,8 +271,8 @@ class _Layout:
             header.image_ab,
         )
         # Headers do not count for digests, so the root digest may go in now.
-        dirty = self._dirty_io([*self.writes, (begin, header.pack(layout))])
-        return self._journal(header, counter, dirty, ranges, digests, update, nodes)
+        blocks.put(begin, header.pack(layout))
+        return self._journal(header, counter, blocks, changed, update, nodes)
 
     def _header(self, counter: int, nodes: Mapping[int, Node]) -> MutableHeader:
         image, layout = self.image, self.layout
@@ -406,30 +324,17 @@ class _Layout:
         log_io = per_journal * (4 + bitmaps // 4)
         return 1 + 2 * node_io * image.root[1] + bitmap_io * bitmaps + log_io
 
-    def _split(self, dirty: Mapping[int, bytes]) -> tuple[list[int], list[int]]:
-        """(IO blocks to write in place, IO blocks to stage), ascending."""
-        unit = self.layout.journal_ab
-        per_journal = unit // self.layout.io_ab
-        in_place: list[int] = []
-        staged: list[int] = []
-        old = self.image.used
-        for number in sorted(dirty):
-            lo = number // per_journal * unit
-            (staged if old.any_used(lo, lo + unit) else in_place).append(number)
-        return in_place, staged
-
     def _journal(
         self,
         header: MutableHeader,
         counter: int,
-        dirty: Mapping[int, bytes],
-        ranges: list[Extent],
-        digests: Mapping[int, bytes],
+        blocks: NewBlocks,
+        changed: list[Extent],
         update: TreeUpdate,
         nodes: dict[int, Node],
     ) -> CommitPlan:
         image, layout, unit = self.image, self.layout, self.layout.io_ab
-        in_place, staged = self._split(dirty)
+        in_place, staged = blocks.numbers()
         # Blocks that are only partly used by this transaction must not serve as staging space as well.
         for number in in_place:
             self.space.take_rest((number * unit, unit))
@@ -445,14 +350,14 @@ class _Layout:
             for target, staging in zip(staged, where, strict=True)
             for index in range(unit)
         ]
-        covered = disguise.apply(b"".join(dirty[number] for number in staged), places)
+        covered = disguise.apply(b"".join(blocks.block(number) for number in staged), places)
         size = layout.io_bytes
         log = JournalLog(
             tree_extents=image.tree.geometry.extents,
             bitmap_extents=image.bitmap_extents,
-            fragments=self._fragments(digests),
+            fragments=self._fragments(update),
             copies=_copies(staged, where),
-            digests=tuple(ranges),
+            digests=self._ranges(changed),
             trims=self._trims() if self.trim else None,
             disguise=disguise,
         )
@@ -460,9 +365,9 @@ class _Layout:
         return CommitPlan(
             header=header,
             counter=counter,
-            in_place=[(number * unit, dirty[number]) for number in in_place],
+            in_place=[*blocks.straight, *((number * unit, blocks.block(number)) for number in in_place)],
             staging=[(place * unit, covered[at * size : (at + 1) * size]) for at, place in enumerate(where)],
-            targets=[(number * unit, dirty[number]) for number in staged]
+            targets=[(number * unit, blocks.block(number)) for number in staged]
             + [(extent[0], content) for extent, content in image.tree.node_writes(update)],
             log_tails=tails,
             head=head,
@@ -498,17 +403,22 @@ class _Layout:
             *((begin, len(content) // size) for begin, content in tails),
         ]
 
-    def _fragments(self, digests: Mapping[int, bytes]) -> tuple[tuple[int, bytes], ...]:
+    def _ranges(self, changed: Iterable[Extent]) -> tuple[Extent, ...]:
+        """Changed ranges as the log has them: up to the image's last data block."""
+        image_end = align_up(self.image.image_ab, self.layout.data_ab)
+        return tuple((begin, min(begin + length, image_end) - begin) for begin, length in changed)
+
+    def _fragments(self, update: TreeUpdate) -> tuple[tuple[int, bytes], ...]:
+        """Digests of the bitmap blocks that a replay needs to rebuild the leaves that change."""
         image, unit = self.image, self.layout.data_ab
         tree = image.tree
-        leaves = {block >> tree.geometry.leaf_log2 for block in digests}
+        leaves = [number for level, number in update.nodes if level == 0]
         _, ranges = bitmap_cover(image.volume, tree.geometry, image.bitmap_extents, leaves)
-        fragments = []
-        for begin, length in ranges:
-            for at in range(begin, begin + length, unit):
-                block = tree.geometry.block_at(at)
-                fragments.append((at, digests[block] if block in digests else tree.entries(block, 1)))
-        return tuple(fragments)
+        return tuple(
+            (at, tree.entry_after(update, tree.geometry.block_at(at)))
+            for begin, length in ranges
+            for at in range(begin, begin + length, unit)
+        )
 
     def _log(self, payload: bytes, aux_pointers: bytes) -> tuple[bytes, list[tuple[int, bytes]]]:
         """(the head, unprotected transformation applied; the tails)."""

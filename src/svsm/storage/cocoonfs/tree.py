@@ -9,7 +9,7 @@ anything. Nothing is decrypted, and no structure parsed, before its data blocks 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from svsm.formats.record import Buffer
@@ -203,29 +203,52 @@ class AuthTree:
         if not equal(b"".join(made), self.entries(first_block, len(made))):
             raise authentication_failure("data block", block=first_block, count=len(made))
 
-    def update(self, changes: Mapping[int, bytes], encrypted_counter: bytes) -> TreeUpdate:
-        """The nodes and root digest after some entries changed; the tree itself stays as it is."""
+    def _with_entries(self, level: int, changes: Iterable[tuple[int, list[bytes]]]) -> dict[int, bytes]:
+        """The nodes of a level, by number, after runs of their entries changed: (number of the first, digests)."""
+        fan_out = 1 << (self.geometry.node_log2 if level else self.geometry.leaf_log2)
+        size = self._node_digest if level else self.data_digest_bytes
+        mixed: dict[int, bytearray] = {}
+        whole: dict[int, bytes] = {}
+        for first, digests in changes:
+            at = 0
+            while at < len(digests):
+                number, slot = divmod(first + at, fan_out)
+                run = digests[at : at + fan_out - slot]
+                at += len(run)
+                if len(run) == fan_out:  # nothing of the old node is left, so it is not asked for
+                    whole[number] = b"".join(run)
+                    continue
+                if number not in mixed:
+                    mixed[number] = bytearray(self._node(level, number << self.geometry.bits(level)))
+                mixed[number][slot * size : (slot + len(run)) * size] = b"".join(run)
+        return {number: bytes(node) for number, node in mixed.items()} | whole
+
+    def update(self, changes: Iterable[tuple[int, list[bytes]]], encrypted_counter: bytes) -> TreeUpdate:
+        """The nodes and root digest after some entries changed; the tree itself stays as it is.
+
+        Args:
+            changes: (first data block, digests of the data blocks from there on); each block at most once.
+            encrypted_counter: As the new header has it.
+        """
         geometry = self.geometry
-        fresh: dict[tuple[int, int], bytearray] = {}
-        level_changes: dict[int, bytes] = dict(changes)
+        fresh: dict[tuple[int, int], bytes] = {}
         for level in range(geometry.levels):
-            fan_out = geometry.node_log2 if level else geometry.leaf_log2
-            size = self._node_digest if level else self.data_digest_bytes
-            for number, digest in level_changes.items():
-                name = (level, number >> fan_out)
-                if name not in fresh:
-                    fresh[name] = bytearray(self._node(level, name[1] << geometry.bits(level)))
-                slot = (number & ((1 << fan_out) - 1)) * size
-                fresh[name][slot : slot + size] = digest
-            level_changes = {
-                number: self._hash_node(level, number << geometry.bits(level), bytes(node))
-                for (at, number), node in fresh.items()
-                if at == level
-            }
+            nodes = self._with_entries(level, changes)
+            fresh |= {(level, number): node for number, node in nodes.items()}
+            changes = [
+                (number, [self._hash_node(level, number << geometry.bits(level), node)])
+                for number, node in nodes.items()
+            ]
         top = geometry.levels - 1
-        root = bytes(fresh[top, 0]) if (top, 0) in fresh else self._node(top, 0)
-        digest = root_digest(geometry, self._keys, root, encrypted_counter, self._context)
-        return TreeUpdate({name: bytes(node) for name, node in fresh.items()}, digest)
+        root = fresh[top, 0] if (top, 0) in fresh else self._node(top, 0)
+        return TreeUpdate(fresh, root_digest(geometry, self._keys, root, encrypted_counter, self._context))
+
+    def entry_after(self, update: TreeUpdate, block: int) -> bytes:
+        """The digest of a data block after an update."""
+        leaf, slot = divmod(block, 1 << self.geometry.leaf_log2)
+        node = update.nodes.get((0, leaf))
+        size = self.data_digest_bytes
+        return self.entries(block, 1) if node is None else node[slot * size : (slot + 1) * size]
 
     def node_writes(self, update: TreeUpdate) -> list[tuple[Extent, bytes]]:
         """Where the nodes of an update go and what is written there (whole nodes, zero behind the digests)."""

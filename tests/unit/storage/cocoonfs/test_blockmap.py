@@ -44,6 +44,8 @@ def test_like_a_bytearray(size: int) -> None:
         low, high = sorted(rng.sample(range(size + 50), 2))
         assert found.states(low, high) == bytes(plain[low:high]).ljust(high - low, b"\0")
         assert found.any_used(low, high) == (1 in plain[low:high])
+        low, high = low // 8 * 8, -(-high // 8) * 8
+        assert found.words(low, high) == pack_states(bytes(plain[low:high]).ljust(high - low, b"\0"))
         assert found.all_used((low, high - low)) == (high <= size and 0 not in plain[low:high])
     for older, states in kept:
         assert older.states(0, size) == states

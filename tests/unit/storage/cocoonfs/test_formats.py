@@ -259,6 +259,30 @@ def test_file_entity(data: bytes) -> None:
     assert decrypt_extents(keys.decryptor(16), [sealed[:128], sealed[128:]] if total > 128 else [sealed]) == data
 
 
+@pytest.mark.parametrize("length", [0, 15, 16, 4095, 65535, 65536, 200_000])
+@pytest.mark.parametrize("zeros", [0, 128, 4096, 150_016])
+def test_large_file_entity(length: int, zeros: int) -> None:
+    """In pieces cut anywhere, and with any length of zeros behind the padding; against one call of the cipher."""
+    keys = Keys(b"key", STATIC)
+    data = hashlib.shake_128(b"large").digest(length)
+    total = -(-extents_bytes_needed(length, 16) // 128) * 128 + zeros
+    sealed = encrypt_extents(keys.encryptor(16), data, total, lambda n: b"r" * n)
+    assert len(sealed) == total
+    count = 16 - length % 16
+    assert keys.decryptor(16)(sealed) == (data + bytes([count]) * count).ljust(total - 16, b"\0")
+    for step in (128, 70_016, total):
+        if total // step < 100:
+            pieces = [sealed[at : at + step] for at in range(0, total, step)]
+            assert decrypt_extents(keys.decryptor(16), pieces) == data
+
+
+@pytest.mark.parametrize("plaintext", [b"", bytes(9000), b"\1" * 4080 + b"\3\3" + bytes(8000), b"\21" * 32])
+def test_padding_is_wrong(plaintext: bytes) -> None:
+    sealed = Keys(b"key", STATIC).encryptor(16)(bytes(16) + plaintext.ljust(-(-len(plaintext) // 16) * 16, b"\0"))
+    with pytest.raises(FormatError):
+        decrypt_extents(Keys(b"key", STATIC).decryptor(16), [sealed])
+
+
 def test_space_never_hands_out_twice() -> None:
     used = BlockMap(DEFAULT_LAYOUT, 64)
     used.set([(3, 6)], 1)
