@@ -18,7 +18,7 @@ REFERENCE: dict[str, int] = {}
 TUNED: dict[str, int] = {
     "allocation_block_bytes": 512,
     "io_block_bytes": 4096,
-    "data_block_bytes": 16384,
+    "data_block_bytes": 4096,
     "tree_node_bytes": 4096,
 }
 """An IO block of 4 KiB is also what today's disks write in one piece."""
