@@ -1,229 +1,177 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""How long volumes take: ours in-process, and as a whole process beside the reference program where it is installed.
+"""How long volumes take beside the reference program, in one run, on the same file system, in turns.
 
-    python -m tests.bench cocoonfs
-    python -m tests.bench.bench_cocoonfs [--json FILE]
-    python -m tests.bench.bench_cocoonfs --curve
+    python -m tests.bench cocoonfs [--realtime] [--no-write]
 
-Figures, no verdict. In-process times are the best of several, in memory, so without the disk's flushes; the line
-"with flushes" is on a file. The ratio compares like with like only in the whole-process column.
+Ours is in-process on an open volume, as the kernel uses it; the reference program is a whole process for each
+operation, its start included. A target is what ours may take at most, made from what the reference took in this run:
+
+* with the default configuration twice its time for 1 MiB and more (half its throughput), its time / 0.7 to make a
+  volume, and three times its time without its start for files of 4 KiB;
+* with the tuned block sizes (`profiles.TUNED`) its time / 1.5 to read and / 0.9 to write 64 MiB, half of its time to
+  make a volume;
+* for a thousand files in one commit a fifth of a thousand of its runs.
+
+Then: whole commands of ours, and what a small commit costs in volumes of 8 MiB to 1 GiB (`volume_curve`).
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import functools
 import os
-import platform
-import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from svsm.storage.cocoonfs import Volume
-from svsm.storage.drivers.file import FileDevice
-from svsm.storage.drivers.memory import MemoryDevice
-from tests.bench.report import Result, Row
+from svsm.storage.cocoonfs.presets import layout_of
+from svsm.storage.cocoonfs.profiles import TUNED
+from tests.bench.report import ROOT, Result, Row, output
+from tests.bench.volume_curve import curve_rows
+from tests.bench.volume_sides import KEY, MIB, OurVolume, Side, TheirVolume, best_of_turns, reference_program
 
 __all__ = ["bench"]
 
-KEY = bytes(range(32))
-SALT = b"\xdd\xee\xff"
-MIB = 1 << 20
-_TARGET_MIB = 8
+_SMALL, _LARGE, _HUGE = 4096, MIB, 64 * MIB
+_NAMES = {_SMALL: "4 KiB", _LARGE: "1 MiB", _HUGE: "64 MiB"}
+_TURNS = {_SMALL: 15, _LARGE: 7, _HUGE: 3}
+_FILES, _RUNS = 1000, 50
+_COMMAND_TARGET_MS = 80.0
+_INODE = 1 << 32
+_TUNED_FACTORS = {"mkfs": 1 / 2, "write 64 MiB": 1 / 0.9, "read 64 MiB": 1 / 1.5}
 
 
-def _best(run: Callable[[], object], times: int = 7) -> float:
-    best = float("inf")
-    for _ in range(times):
-        start = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - start)
-    return best * 1000
+def _target(name: str, peer_ms: float, start_ms: float) -> float | None:
+    if name == "mkfs":
+        return peer_ms / 0.7
+    if name.endswith("4 KiB"):
+        return 3 * (peer_ms - start_ms)
+    return 2 * peer_ms if name.endswith("MiB") else None
 
 
-def _write(volume: Volume, inode: int, data: bytes) -> None:
-    with volume.transaction() as transaction:
-        transaction.write(inode, data)
+def _operations(sides: dict[str, Side], lengths: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Milliseconds by operation and side."""
+    found = {"mkfs": best_of_turns({name: side.mkfs for name, side in sides.items()}, 3)}
+    for number, length in enumerate(lengths, _INODE):
+
+        def write(side: Side, inode: int = number, length: int = length) -> None:
+            side.write(inode, length)
+
+        writes = {name: (lambda side=side, write=write: write(side)) for name, side in sides.items()}
+        removes = {name: (lambda side=side, inode=number: side.remove(inode)) for name, side in sides.items()}
+        reads = {name: (lambda side=side, inode=number: side.read(inode)) for name, side in sides.items()}
+        found[f"write {_NAMES[length]}"] = best_of_turns(writes, _TURNS[length], removes)
+        found[f"read {_NAMES[length]}"] = best_of_turns(reads, _TURNS[length])
+    found["list"] = best_of_turns({name: side.list for name, side in sides.items()}, 7)
+    return found
 
 
-def _in_process(size: int) -> dict[str, float]:
-    device = MemoryDevice(size)
-    times = {"mkfs": _best(lambda: Volume.create(device, KEY, salt=SALT), 5 if size < 64 * MIB else 2)}
-    volume = Volume.create(device, KEY, salt=SALT)
-    small, large = os.urandom(4096), os.urandom(MIB)
-    numbers = iter(range(1000, 2000))
-    times["write 4 KiB, new"] = _best(lambda: _write(volume, next(numbers), small))
-    times["write 4 KiB, replaced"] = _best(lambda: _write(volume, 16, small))
-    times["write 1 MiB, new"] = _best(lambda: _write(volume, next(numbers), large), 2)
-    _write(volume, 17, large)
-    times["open"] = _best(lambda: Volume.open(device, KEY))
-    times["list"] = _best(lambda: Volume.open(device, KEY).list())
-    fresh = Volume.open(device, KEY)
-    times["read 4 KiB, first"] = _best(lambda: fresh.read(16), 1)
-    times["read 4 KiB"] = _best(lambda: fresh.read(16))
-    times["read 1 MiB"] = _best(lambda: fresh.read(17))
-    pending = volume.transaction()
-    pending.write(16, small)
-    pending.prepare()
-    image = bytes(device.data)
-    times["open and replay"] = min(_best(_opener(image), 1) for _ in range(5))
-    with tempfile.NamedTemporaryFile(dir=Path.cwd()) as file:
-        file.truncate(size)
-        on_file = Volume.create(FileDevice(os.open(file.name, os.O_RDWR)), KEY, salt=SALT)
-        times["write 4 KiB, with flushes"] = _best(lambda: _write(on_file, 16, small))
-        on_file.close()
-    return times
+def _size_rows(where: str, folder: Path, size_mib: int, program: Path | None) -> list[Row]:
+    lengths = (_SMALL, _LARGE, _HUGE) if size_mib > 100 else (_SMALL, _LARGE)
+    ours = OurVolume(folder / "ours", size_mib * MIB, lengths)
+    tuned = OurVolume(folder / "tuned", size_mib * MIB, lengths, layout_of("sha2", "aes", 128, **TUNED))
+    sides: dict[str, Side] = {"ours": ours, "tuned": tuned}
+    start = 0.0
+    if program is not None:
+        theirs = TheirVolume(program, folder / "theirs", size_mib * MIB, lengths)
+        sides = {"theirs": theirs, **sides}
+        start = best_of_turns({"start": theirs.start}, 15)["start"]
+    rows = []
+    for name, found in _operations(sides, lengths).items():
+        peer = found.get("theirs")
+        target = None if peer is None else _target(name, peer, start)
+        rows.append(Row(f"{where} {size_mib} MiB: {name}", found["ours"], "ms", target, peer))
+        target = None if peer is None or name not in _TUNED_FACTORS else peer * _TUNED_FACTORS[name]
+        rows.append(Row(f"{where} {size_mib} MiB, tuned: {name}", found["tuned"], "ms", target, peer))
+    for side in (ours, tuned):
+        side.close()
+    opened = best_of_turns({"": lambda: ours.open_and_read(_INODE)}, 7)[""]
+    rows.append(Row(f"{where} {size_mib} MiB: open, read 4 KiB", opened, "ms"))
+    return rows
 
 
-class _Unflushed(FileDevice):
-    """A file whose flushes do nothing: what the program takes, not what the medium does."""
+def _many_rows(where: str, folder: Path, program: Path | None) -> list[Row]:
+    """A thousand files: in one commit, by one command, and by runs of the reference program."""
+    inodes = range(_INODE, _INODE + _FILES)
+    image, contents, key = folder / "many", folder / "small", folder / "key"
+    contents.write_bytes(bytes(range(256)) * 16)
+    key.write_bytes(KEY)
+    batch = folder / "batch"
+    batch.write_text("".join(f"write {inode} {contents}\n" for inode in inodes), encoding="ascii")
+    volume = OurVolume(image, 32 * MIB, (_SMALL,))
+    volume.mkfs()
+    library = best_of_turns({"": lambda: volume.write_many(inodes, _SMALL)}, 3, {"": volume.mkfs})[""]
+    volume.mkfs()
+    volume.close()
+    run = functools.partial(_command, folder / "compiled")
+    run("ls", image, "--key-file", key)
+    command = best_of_turns({"": lambda: run("batch", image, batch, "--key-file", key)}, 1)[""]
+    peer = None
+    if program is not None:
+        theirs = TheirVolume(program, folder / "theirs-many", 32 * MIB, (_SMALL,))
+        theirs.mkfs()
 
-    def flush(self) -> None:
-        """Nothing."""
+        def runs() -> None:
+            for inode in inodes[:_RUNS]:
+                theirs.write(inode, _SMALL)
+
+        peer = best_of_turns({"": runs}, 1)[""] / _RUNS * _FILES
+    target = None if peer is None else peer / 5
+    name = f"{where}: {_FILES} files of 4 KiB"
+    return [
+        Row(f"{name}, one commit", library, "ms", target, peer),
+        Row(f"{name}, svsm volume batch", command, "ms", target, peer),
+    ]
 
 
-def _small_commits(size: int) -> dict[str, float]:
-    """What a small commit takes in a volume of this size, in memory of a process of its own."""
-    with tempfile.NamedTemporaryFile(dir=Path.cwd()) as file:
-        file.truncate(size)
-        device = _Unflushed(os.open(file.name, os.O_RDWR))
-        Volume.create(device, KEY, salt=SALT)
-        device.close()
-        run = [sys.executable, "-m", "tests.bench.bench_cocoonfs", "--small-commits", file.name]
-        found: dict[str, float] = json.loads(subprocess.run(run, capture_output=True, check=True).stdout)
-        return found
-
-
-def _measure_small_commits(path: str) -> dict[str, float]:
-    volume = Volume.open(_Unflushed(os.open(path, os.O_RDWR)), KEY)
-    small, numbers = os.urandom(4096), iter(range(1000, 2000))
-    times = {
-        "write 4 KiB, new": _best(lambda: _write(volume, next(numbers), small), 30),
-        "write 4 KiB, replaced": _best(lambda: _write(volume, 16, small), 30),
-        "read 4 KiB": _best(lambda: volume.read(16), 30),
+def _command_rows(where: str, folder: Path) -> list[Row]:
+    """Whole commands that touch little."""
+    image, contents, key = folder / "little", folder / "small", folder / "key"
+    volume = OurVolume(image, 8 * MIB, (_SMALL,))
+    volume.mkfs()
+    volume.write(_INODE, _SMALL)
+    volume.close()
+    run = functools.partial(_command, folder / "compiled")
+    words: dict[str, list[object]] = {
+        "info": ["info", image],
+        "ls": ["ls", image, "--key-file", key],
+        "read 4 KiB": ["read", image, str(_INODE), "--key-file", key, "--output", "/dev/null", "--force"],
+        "write 4 KiB": ["write", image, str(_INODE), contents, "--key-file", key, "--force"],
     }
-    status = Path("/proc/self/status").read_text()
-    peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-    return {**times, "peak memory in MiB": int(peak.split()[1]) / 1024}
+    commands = {verb: functools.partial(run, *arguments) for verb, arguments in words.items()}
+    best = best_of_turns(commands, 7)
+    return [Row(f"{where}: svsm volume {verb}", taken, "ms", _COMMAND_TARGET_MS) for verb, taken in best.items()]
 
 
-def curve(sizes_mib: Sequence[int] = (8, 32, 128, 512, 1024)) -> dict[int, dict[str, float]]:
-    """A small commit in volumes of these sizes: its cost follows the tree's height, and nothing else."""
-    return {size: _small_commits(size * MIB) for size in sizes_mib}
-
-
-def _opener(image: bytes) -> Callable[[], object]:
-    device = MemoryDevice(image)
-    return lambda: Volume.open(device, KEY)
-
-
-def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def _program() -> str | None:
-    local = Path(__file__).resolve().parents[2] / ".peers" / "bin" / "cocoonfs"
-    return str(local) if local.exists() else shutil.which("cocoonfs")
-
-
-def _tool(size: int) -> dict[str, float]:
-    program = _program()
-    if program is None:
-        return {}
-    with tempfile.TemporaryDirectory() as folder:
-        image, small, large = (Path(folder) / name for name in ("image", "small", "large"))
-        small.write_bytes(os.urandom(4096))
-        large.write_bytes(os.urandom(MIB))
-
-        def run(*words: object) -> None:
-            command = [program, "-i", image, "-f", *words]
-            subprocess.run([str(word) for word in command], check=True, capture_output=True)
-
-        def mkfs() -> None:
-            image.unlink(missing_ok=True)
-            options = ["-H", "sha2", "-C", "aes", "-t", "128", "-s", f"{size >> 20}M"]
-            run("mkfs", "-K", KEY.hex(), "-I", SALT.hex(), *options)
-
-        key = ("-K", KEY.hex())
-        times = {"mkfs": _best(mkfs, 3)}
-        numbers = iter(range(1000, 2000))
-        times["write 4 KiB, new"] = _best(lambda: run("write-file", *key, "-i", small, next(numbers)), 5)
-        times["write 1 MiB, new"] = _best(lambda: run("write-file", *key, "-i", large, next(numbers)), 2)
-        run("write-file", *key, "-i", small, 16)
-        run("write-file", *key, "-i", large, 17)
-        times["write 4 KiB, replaced"] = _best(lambda: run("write-file", *key, "-i", small, 16), 5)
-        times["list"] = _best(lambda: run("list-files", *key), 5)
-        times["read 4 KiB"] = _best(lambda: run("read-file", *key, "-o", "/dev/null", 16), 5)
-        times["read 1 MiB"] = _best(lambda: run("read-file", *key, "-o", "/dev/null", 17), 5)
-        return times
-
-
-_TARGETS_MS = {
-    "open": 10.0,
-    "mkfs": 200.0,
-    "read 4 KiB": 1.0,
-    "write 4 KiB, new": 3.0,
-    "write 4 KiB, replaced": 3.0,
-    "read 1 MiB": 25.0,
-}
-"""For an 8 MiB volume."""
+def _command(cache: Path, *words: object) -> None:
+    """A command of ours, as a whole process. As in an installed program its modules are compiled already."""
+    command = [sys.executable, "-m", "svsm.cli.main", "volume", *map(str, words)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPYCACHEPREFIX"] = str(cache)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"svsm volume {words[0]}: {done.stderr.strip()[-500:]}")
 
 
 def bench(sizes_mib: Sequence[int] = (8, 128)) -> Result:
-    """For `python -m tests.bench`. The peer is a whole process per operation: the ratio flatters us."""
-    program = _program()
+    """For `python -m tests.bench`."""
+    program = reference_program()
     rows: list[Row] = []
-    for size in sizes_mib:
-        tool = _tool(size * MIB)
-        for name, value in _in_process(size * MIB).items():
-            target = _TARGETS_MS.get(name) if size == _TARGET_MIB else None
-            rows.append(Row(f"{size} MiB: {name}", value, "ms", target, tool.get(name)))
-    peers = {"cocoonfs": _output(program, "--version")} if program else {}
-    return Result(rows, peers, {"peer": "a whole process for each operation; ours is in-process"})
-
-
-def main(words: list[str]) -> int:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[8, 128], metavar="MIB")
-    parser.add_argument("--curve", action="store_true", help="a small commit in volumes of 8 MiB to 1 GiB, only")
-    parser.add_argument("--small-commits", metavar="IMAGE", help=argparse.SUPPRESS)
-    arguments = parser.parse_args(words)
-    if arguments.small_commits:
-        print(json.dumps(_measure_small_commits(arguments.small_commits)))
-        return 0
-    if arguments.curve:
-        for size, figures in curve().items():
-            print(f"{size:5} MiB  " + "  ".join(f"{name} {value:.2f}" for name, value in figures.items()))
-        return 0
-    program = _program()
-    result: dict[str, Any] = {
-        "schema": 1,
-        "benchmark": "cocoonfs",
-        "commit": _output("git", "rev-parse", "--short", "HEAD"),
-        "machine": {"kernel": platform.release(), "processor": platform.machine(), "cpus": os.cpu_count()},
-        "python": platform.python_version(),
-        "peer": _output(program, "--version") if program else None,
-        "milliseconds": {},
+    for where, parent in (("memory", Path("/dev/shm")), ("disk", ROOT)):
+        if not parent.is_dir():
+            continue
+        with tempfile.TemporaryDirectory(dir=parent, prefix=".bench-") as name:
+            for size in sizes_mib:
+                rows += _size_rows(where, Path(name), size, program)
+            rows += _many_rows(where, Path(name), program)
+            rows += _command_rows(where, Path(name))
+    rows += curve_rows()
+    peers = {"cocoonfs": output(str(program), "--version")} if program else {}
+    details: dict[str, object] = {
+        "peer": "a whole process for each operation; ours is in-process on an open volume",
+        "memory, disk": "files on tmpfs, where flushes do nothing, and on the disk of the working tree",
+        "tuned": dict(TUNED),
+        "a thousand files": f"the peer's time is that of {_RUNS} runs, times {_FILES // _RUNS}",
     }
-    for size in arguments.sizes:
-        ours, tool = _in_process(size * MIB), _tool(size * MIB)
-        result["milliseconds"][f"{size} MiB"] = {"svsm, in-process": ours, "cocoonfs, whole process": tool}
-        print(f"{size} MiB volume{'':<16}   ours, in-process   reference, process   ratio")
-        for name, value in ours.items():
-            peer = tool.get(name)
-            right = "" if peer is None else f"{peer:15.2f} ms {value / peer:11.2f}"
-            print(f"  {name:<28} {value:14.3f} ms {right}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    return Result(rows, peers, details)
