@@ -9,12 +9,13 @@ command pays for the imports of another. Results go to stdout, everything else t
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import importlib
-import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from svsm import __version__
 from svsm.formats.errors import BackendError, SvsmError
@@ -52,8 +53,29 @@ class _GroupByVerb(Protocol):
         """The same; `words` follow the group's name, and verbs that they do not name may be left out."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """Asks for the terminal's width once: argparse does for each option, and imports compressors to do it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": _formatter, **options})
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    return argparse.HelpFormatter(prog, width=_columns() - 2)
+
+
+@functools.cache
+def _columns() -> int:
+    try:
+        return int(os.environ["COLUMNS"])
+    except (KeyError, ValueError):
+        with contextlib.suppress(OSError):
+            return os.get_terminal_size(1).columns
+    return 80
+
+
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="svsm",
         description="A Secure VM Service Module and its tools. Start with: svsm boot",
     )
@@ -124,6 +146,8 @@ def _drop_output() -> None:
 
 def _print_error(error: SvsmError, *, as_json: bool) -> None:
     if as_json:
+        import json
+
         shown = {
             "schema": 1,
             "event": "error",

@@ -11,12 +11,10 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
-import json
 import os
 import stat
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from svsm.cli.volume.words import BLOCKS
@@ -54,6 +52,8 @@ _FILE_BLOCK = 512
 def emit(members: dict[str, object], text: list[str], *, as_json: bool) -> None:
     """The answer of a verb: one JSON object, or lines for a person."""
     if as_json:
+        import json
+
         print(json.dumps({"schema": 1, **members}))
     elif text:
         print("\n".join(text))
@@ -68,7 +68,7 @@ def key(arguments: argparse.Namespace, *, new: bool = False) -> bytes | None:
     Raises:
         PolicyError: ``volume-key-file``.
     """
-    path: Path | None = arguments.new_key_file if new else arguments.key_file
+    path: str | None = arguments.new_key_file if new else arguments.key_file
     descriptor: int | None = arguments.new_key_fd if new else arguments.key_fd
     if path is None and descriptor is None:
         return None
@@ -84,8 +84,8 @@ def key(arguments: argparse.Namespace, *, new: bool = False) -> bytes | None:
     return data
 
 
-def _beginning(path: Path) -> bytes:
-    with path.open("rb") as file:
+def _beginning(path: str) -> bytes:
+    with open(path, "rb") as file:
         return file.read(_MAX_KEY_BYTES + 1)
 
 
@@ -121,7 +121,7 @@ def device_of_file(descriptor: int, *, ignore_block_size: bool = False) -> FileD
     return FileDevice(descriptor, block_size_bytes=_SMALLEST_BLOCK if ignore_block_size else _FILE_BLOCK)
 
 
-def disk(image: Path, *, writable: bool = False, ignore_block_size: bool = False) -> BlockDevice:
+def disk(image: str, *, writable: bool = False, ignore_block_size: bool = False) -> BlockDevice:
     """The file or block device with a volume.
 
     Raises:
@@ -131,10 +131,10 @@ def disk(image: Path, *, writable: bool = False, ignore_block_size: bool = False
     from svsm.storage.drivers.file import FileDevice
 
     try:
-        if stat.S_ISBLK(image.stat().st_mode):
+        if stat.S_ISBLK(os.stat(image).st_mode):
             from svsm.storage.drivers.linux import open_linux
 
-            return open_linux(str(image), read_only=not writable)
+            return open_linux(image, read_only=not writable)
         # Without O_NONBLOCK a FIFO in its place would keep us here for ever.
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         descriptor = os.open(image, flags)
@@ -251,7 +251,7 @@ def layout(arguments: argparse.Namespace, base: ImageLayout | None = None) -> Im
 # -- files on this machine -------------------------------------------------------------------------------------------
 
 
-def contents(source: Path, *, limit_bytes: int) -> bytes:
+def contents(source: str, *, limit_bytes: int) -> bytes:
     """What a file (or stdin, for ``-``) holds.
 
     Args:
@@ -275,21 +275,21 @@ def contents(source: Path, *, limit_bytes: int) -> bytes:
 
 
 @contextlib.contextmanager
-def opened_input(source: Path) -> Iterator[BinaryIO]:
+def opened_input(source: str) -> Iterator[BinaryIO]:
     """A file for reading, or stdin for ``-``.
 
     Raises:
         OSError: It cannot be opened.
     """
-    if str(source) == "-":
+    if source == "-":
         yield sys.stdin.buffer
         return
-    with source.open("rb") as file:
+    with open(source, "rb") as file:
         yield file
 
 
 @contextlib.contextmanager
-def output(path: Path | None, *, force: bool, image: Path) -> Iterator[BinaryIO]:
+def output(path: str | None, *, force: bool, image: str) -> Iterator[BinaryIO]:
     """Where results go: a new file of mode 0600, or stdout.
 
     Args:
@@ -300,11 +300,11 @@ def output(path: Path | None, *, force: bool, image: Path) -> Iterator[BinaryIO]
     Raises:
         BackendError: ``volume-output``. A file that was begun is taken away again.
     """
-    if path is None or str(path) == "-":
+    if path is None or path == "-":
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return
-    if path.exists() and image.exists() and path.samefile(image):
+    if os.path.exists(path) and os.path.exists(image) and os.path.samefile(path, image):
         raise BackendError(
             "the output is the image itself", code="volume-output", hint="choose another name for the output"
         )
@@ -315,7 +315,8 @@ def output(path: Path | None, *, force: bool, image: Path) -> Iterator[BinaryIO]
                 yield file
             except BaseException:
                 if not force:
-                    path.unlink(missing_ok=True)
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(path)
                 raise
     except OSError as error:
         raise BackendError(
@@ -334,7 +335,7 @@ def give(arguments: argparse.Namespace, data: bytes, members: dict[str, object])
     Raises:
         BackendError: ``volume-output``.
     """
-    to_stdout = arguments.output is None or str(arguments.output) == "-"
+    to_stdout = arguments.output is None or arguments.output == "-"
     if not (to_stdout and arguments.json):
         with output(arguments.output, force=arguments.force, image=arguments.image) as file:
             file.write(data)

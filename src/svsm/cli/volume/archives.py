@@ -30,7 +30,7 @@ def add_verbs(verbs: words.Verbs[argparse.ArgumentParser]) -> None:
 def _export(arguments: argparse.Namespace) -> int:
     from svsm.storage.cocoonfs.archive import export_files
 
-    to_stdout = arguments.output is None or str(arguments.output) == "-"
+    to_stdout = arguments.output is None or arguments.output == "-"
     if to_stdout and (arguments.json or sys.stdout.isatty()):
         raise BackendError(
             "an archive does not go to a terminal or between JSON", code="volume-output", hint="give --output FILE"
@@ -42,7 +42,7 @@ def _export(arguments: argparse.Namespace) -> int:
     ):
         count = export_files(opened.volume, file, progress=progress)
     text = [] if to_stdout else [f"{count} files, in plaintext, in {arguments.output}"]
-    access.emit({"files": count, "output": str(arguments.output)}, text, as_json=arguments.json)
+    access.emit({"files": count, "output": arguments.output}, text, as_json=arguments.json)
     return 0
 
 

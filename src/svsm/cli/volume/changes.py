@@ -22,7 +22,6 @@ import json
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from svsm.cli.volume import access, words
@@ -115,7 +114,7 @@ class _Operation:
     op: str
     inode: int = 0
     flags: int = 0
-    path: Path | None = None
+    path: str | None = None
     data: bytes = b""
 
 
@@ -158,7 +157,7 @@ def _from_json(text: str) -> _Operation:
         op,
         _number(found.get("inode", 0), "inode"),
         _number(found.get("flags", 0), "flags"),
-        None if path is None else Path(path),
+        path,
         decoded,
     )
 
@@ -173,7 +172,7 @@ def _from_words(text: str) -> _Operation:
         raise _wrong(str(error)) from error
     match op, len(rest):
         case "write", 2 | 3:
-            return _Operation(op, numbers[0], numbers[1] if len(rest) > 2 else 0, Path(rest[1]))
+            return _Operation(op, numbers[0], numbers[1] if len(rest) > 2 else 0, rest[1])
         case "rm", 1:
             return _Operation(op, numbers[0])
         case "commit", 0:

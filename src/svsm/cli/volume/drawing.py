@@ -11,7 +11,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from svsm.cli.volume import access, words
@@ -31,7 +30,7 @@ def add_verbs(verbs: words.Verbs[argparse.ArgumentParser]) -> None:
     words.add_key(draw)
     words.add_json(draw)
     words.add_access(draw, writes=False)
-    draw.add_argument("-o", "--output", type=Path, metavar="FILE", help="an SVG file instead of characters")
+    draw.add_argument("-o", "--output", metavar="FILE", help="an SVG file instead of characters")
     draw.add_argument("--force", action="store_true", help="overwrite FILE")
 
 
@@ -42,7 +41,7 @@ def _map(arguments: argparse.Namespace) -> int:
         volume = opened.volume
         areas = survey(volume.image)
     if arguments.output is not None:
-        drawing = _svg(volume, areas, arguments.image.name)
+        drawing = _svg(volume, areas, os.path.basename(arguments.image))
         with access.output(arguments.output, force=arguments.force, image=arguments.image) as file:
             file.write(drawing.encode())
     if arguments.json:

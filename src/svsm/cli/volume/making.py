@@ -12,7 +12,6 @@ import contextlib
 import os
 import stat
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from svsm.cli.volume import access, words
@@ -71,7 +70,7 @@ def _create(arguments: argparse.Namespace) -> int:
             allow_weak=arguments.allow_weak,
         )
         members: dict[str, object] = {
-            "image": str(arguments.image),
+            "image": arguments.image,
             "size_bytes": volume.size_bytes,
             "free_bytes": volume.free_bytes,
             "layout": layout.pack().hex(),
@@ -102,7 +101,7 @@ def _provision(arguments: argparse.Namespace) -> int:
         )
         size = read_creation_info(device).size_bytes
     members: dict[str, object] = {
-        "image": str(arguments.image),
+        "image": arguments.image,
         "size_bytes": size,
         "layout": layout.pack().hex(),
         "salt": salt.hex(),
@@ -134,14 +133,14 @@ def _place(arguments: argparse.Namespace) -> Iterator[BlockDevice]:
         StateError: ``volume-exists``; ``volume-size``: a new file without a size; ``block-in-use``.
         BackendError: ``volume-image``, ``block-io``.
     """
-    image: Path = arguments.image
-    if image.exists():
+    image: str = arguments.image
+    if os.path.exists(image):
         if not arguments.force:
             raise StateError(
                 "there is something already",
                 code="volume-exists",
                 hint="--force makes a new volume there; what it holds is lost",
-                path=str(image),
+                path=image,
             )
         with access.writable(arguments) as device:
             _resize(image, arguments.size, device)
@@ -157,13 +156,13 @@ def _place(arguments: argparse.Namespace) -> Iterator[BlockDevice]:
         finally:
             device.close()
     except BaseException:
-        image.unlink(missing_ok=True)
+        _forget(image)
         raise
 
 
-def _resize(image: Path, size: int | None, device: BlockDevice) -> None:
+def _resize(image: str, size: int | None, device: BlockDevice) -> None:
     """Give a file that is overwritten the size that was named; its lock is held already."""
-    if size is None or stat.S_ISBLK(image.stat().st_mode):
+    if size is None or stat.S_ISBLK(os.stat(image).st_mode):
         return
     try:
         os.truncate(image, size)
@@ -172,21 +171,26 @@ def _resize(image: Path, size: int | None, device: BlockDevice) -> None:
     device.poll()
 
 
-def _new_file(image: Path, size: int) -> int:
+def _new_file(image: str, size: int) -> int:
     try:
         descriptor = os.open(image, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.ftruncate(descriptor, size)
         except OSError:
             os.close(descriptor)
-            image.unlink()
+            _forget(image)
             raise
     except OSError as error:
         raise BackendError(f"cannot make the image: {error.strerror}", code="volume-image") from error
     return descriptor
 
 
+def _forget(image: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(image)
+
+
 def _size_on(arguments: argparse.Namespace) -> int | None:
     """How much of a block device to use; a file has the right size already."""
-    size: int | None = arguments.size if stat.S_ISBLK(arguments.image.stat().st_mode) else None
+    size: int | None = arguments.size if stat.S_ISBLK(os.stat(arguments.image).st_mode) else None
     return size

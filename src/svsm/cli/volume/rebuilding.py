@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from svsm.cli.volume import access, words
@@ -67,12 +68,12 @@ def _rebuild(arguments: argparse.Namespace, key: bytes, new_key: bytes, *, size:
     )
     opener = functools.partial(access.device_of_file, ignore_block_size=arguments.ignore_block_size)
     with meter() as progress:
-        rebuild_image(arguments.image, key, wanted, opener, image_bytes=size, progress=progress)
+        rebuild_image(Path(arguments.image), key, wanted, opener, image_bytes=size, progress=progress)
     device = access.disk(arguments.image)
     try:
         volume = Volume.open(device, new_key, read_only=True, allow_weak=arguments.allow_weak)
         members: dict[str, object] = {
-            "image": str(arguments.image),
+            "image": arguments.image,
             "size_bytes": volume.size_bytes,
             "free_bytes": volume.free_bytes,
             "files": len(volume.list()),

@@ -2,7 +2,8 @@
 """What the verbs of `svsm volume` have in common on the command line: sizes, numbers, keys, configurations.
 
 A key comes from a file or a descriptor and from nowhere else: the words of a command are there for every process of
-the machine to read, and its environment for many.
+the machine to read, and its environment for many. Paths stay strings here: `pathlib` takes longer to import than most
+of these commands work.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 __all__ = [
     "BLOCKS",
@@ -85,7 +85,7 @@ def verb(
 ) -> argparse.ArgumentParser:
     """A new verb on an image."""
     parser = verbs.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
-    parser.add_argument("image", type=Path, metavar="IMAGE", help="a file or block device")
+    parser.add_argument("image", metavar="IMAGE", help="a file or block device")
     parser.set_defaults(run=run)
     return parser
 
@@ -107,7 +107,6 @@ def add_key(parser: argparse.ArgumentParser, *, required: bool = True, new: bool
     keys = parser.add_mutually_exclusive_group(required=required)
     keys.add_argument(
         f"--{which}key-file",
-        type=Path,
         metavar="FILE",
         help=f"the {'new ' if new else ''}volume key: hexadecimal digits, or raw bytes",
     )
@@ -144,14 +143,14 @@ def add_first_use(parser: argparse.ArgumentParser) -> None:
 def add_output(parser: argparse.ArgumentParser, what: str) -> None:
     """Where contents go."""
     parser.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", help=f"write {what} there, readable by you only (default: stdout)"
+        "-o", "--output", metavar="FILE", help=f"write {what} there, readable by you only (default: stdout)"
     )
     parser.add_argument("--force", action="store_true", help="overwrite FILE")
 
 
 def add_input(parser: argparse.ArgumentParser, what: str) -> None:
     """Where contents come from."""
-    parser.add_argument("source", type=Path, metavar="FILE", help=f"{what}; - for stdin")
+    parser.add_argument("source", metavar="FILE", help=f"{what}; - for stdin")
 
 
 def add_layout(parser: argparse.ArgumentParser, *, keep: bool = False) -> None:
