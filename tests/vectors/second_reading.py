@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """A second reading of the CocoonFS format: just enough to read a clean image, and to check every digest in it.
 
-Written from the format's text (coconut-svsm/cocoon-tpm at 1064bc3, `cocoonfs-format.md`), apart from the library and importing
-nothing of it, so that an error of reading there does not come back here. Slow and plain on purpose: whole image in
-memory, no journal, no writing.
+Written from the format's text (coconut-svsm/cocoon-tpm at 1064bc3, `cocoonfs-format.md`), apart from the library
+and importing nothing of it, so that an error of reading there does not come back here. Slow and plain on purpose:
+whole image in memory, no journal, no writing.
 
 Where the text and the reference program's images disagree the images win. The differences met:
 
