@@ -38,6 +38,7 @@ Progress = Callable[[str, int, int], None]
 
 _PIECE_BYTES = 1 << 20
 _LISTED = 50
+_CLEARED_BYTES = 128  # the smallest device block: what a program that takes a journal away zeroes at least
 
 
 class Severity(enum.Enum):
@@ -191,7 +192,7 @@ class _Check:
 
     def _journal_head(self) -> None:
         io, extent = self.image.volume.io, self.image.volume.places.journal_head
-        if not self.report.pending and any(io.read(extent)[: io.first_bytes]):
+        if not self.report.pending and any(io.read(extent)[:_CLEARED_BYTES]):
             self.report.add(
                 Severity.WARNING,
                 "torn-journal",

@@ -216,6 +216,14 @@ def test_pending_journal() -> None:
     assert Volume.open(device, KEY).read(40) == b"forty"
 
 
+def test_what_follows_a_cleared_journal_is_nothing() -> None:
+    """The reference program zeroes a block of the device, as small as 128 bytes; the rest of its journal stays."""
+    device, volume = _volume()
+    head = volume.image.volume.places.journal_head[0] * 128
+    device.data[head + 128 : head + 512] = b"j" * 384
+    assert check(device, KEY).findings == []
+
+
 def test_torn_journal_and_stale_backup() -> None:
     device, volume = _volume()
     head = volume.image.volume.places.journal_head[0] * 128
