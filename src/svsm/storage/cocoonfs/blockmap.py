@@ -18,6 +18,7 @@ import re
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 
 from svsm.storage.cocoonfs.encoding import Extent, merge_ranges
 from svsm.storage.cocoonfs.layout import ImageLayout, align_up
@@ -33,20 +34,22 @@ _SHORT = 8  # runs of less than this many blocks are told apart by their exact l
 _UNKNOWN_KINDS, _UNKNOWN_CLASS, _UNKNOWN_UNITS = 0xFF, 0xFF, 0xFFFF
 
 
+@cache
 def _having(kind: int) -> re.Pattern[bytes]:
     """Finds a chunk whose kinds include this one."""
     return re.compile(b"[" + b"".join(re.escape(bytes([n])) for n in range(256) if n >> kind & 1) + b"]")
 
 
+@cache
 def _from_class(least: int) -> re.Pattern[bytes]:
     """Finds a chunk whose longest run is of this class or a higher one."""
     return re.compile(b"[" + re.escape(bytes([least])) + b"-\xff]")
 
 
-_RUNS = [re.compile(rb"(?<!\0)\0{%d}(?!\0)" % (kind + 1)) for kind in range(_SHORT - 1)]
-_RUNS.append(re.compile(rb"\0{%d,}" % _SHORT))
-_KINDS = [_having(kind) for kind in range(_SHORT)]
-_CLASSES = [_from_class(least) for least in range(_CHUNK.bit_length() + 1)]
+@cache
+def _runs_of(kind: int) -> re.Pattern[bytes]:
+    """Finds free runs of this kind."""
+    return re.compile(rb"(?<!\0)\0{%d}(?!\0)" % (kind + 1) if kind < _SHORT - 1 else rb"\0{%d,}" % _SHORT)
 
 
 def parse_states(words: bytes) -> bytearray:
@@ -258,7 +261,7 @@ class BlockMap:
     def first_run(self, length: int, unit: int) -> int | None:
         """Begin of the first free run of `length` blocks that starts on a multiple of `unit`, or None."""
         if length <= _CHUNK:
-            classes, at = _CLASSES[length.bit_length()], 0
+            classes, at = _from_class(length.bit_length()), 0
             runs = re.compile(rb"\0{%d,}" % length)
             while (found := classes.search(self._classes, at)) is not None:
                 number, at = found.start(), found.end()
@@ -277,7 +280,7 @@ class BlockMap:
     def _of_kind(self, kind: int) -> Iterator[int]:
         """Chunks that have a run of this kind."""
         at = 0
-        while (match := _KINDS[kind].search(self._kinds, at)) is not None:
+        while (match := _having(kind).search(self._kinds, at)) is not None:
             number, at = match.start(), match.end()
             self._known(number)
             if self._kinds[number] >> kind & 1:
@@ -289,7 +292,7 @@ class BlockMap:
             for number in self._of_kind(kind):
                 base = number * _CHUNK
                 best: tuple[int, int] | None = None
-                for match in _RUNS[kind].finditer(self._chunks[number]):
+                for match in _runs_of(kind).finditer(self._chunks[number]):
                     room = match.end() - match.start()
                     if best is not None and room >= best[0]:
                         continue
