@@ -9,7 +9,9 @@
 
 The process is confined before it becomes QEMU: own uid, Landlock, a list of system calls (`Role.QEMU`), death with the
 supervisor. All of this stays with a program that is executed. What does not is being non-dumpable, which matters
-little: it holds no more than the host does. QEMU does not end when the host hangs up; the supervisor ends it.
+little: it holds no more than the host does. QEMU does not end when the host hangs up; the supervisor ends it. It is
+in a session of its own: QEMU takes up SIGINT again, which the other roles ignore, so Ctrl-C at the terminal would end
+the disk before the TPMs are shut down.
 """
 
 from __future__ import annotations
@@ -74,6 +76,7 @@ def qemu_body(
         held = Descriptors(shared, firmware, qtest.fileno(), {_COM3: connect_serial(serial)}, image)
         kind = KINDS[disk.kind]
         words = command_words(kind, held, memory_bytes=_MEMORY_BYTES, disk=DiskOptions(_DISK))
+        os.setsid()
         os.dup2(messages, _STDERR)
         for descriptor in held.all():
             os.set_inheritable(descriptor, True)
