@@ -263,11 +263,13 @@ def test_a_signal_to_the_whole_process_group_is_an_orderly_stop(owner: Estate, n
     [
         ("--tpm-tcp", "70000"),
         ("--tpm-tcp", "65535"),
+        ("--tpm-tcp", "swtpm"),
         ("--landlock-abi", "-1"),
         ("--disk", "nvme:x"),
         ("--disk", "vhost-user"),
         ("--disk", "qemu-nvme:"),
         ("--broker", "http://x"),
+        ("--broker-key", "broker.pem"),
     ],
 )
 def test_wrong_words_are_a_usage_error(tmp_path: Path, words: tuple[str, str]) -> None:

@@ -54,6 +54,10 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     elsewhere = arguments.broker is not None or arguments.serial is not None
     if elsewhere and arguments.image is None and arguments.broker_key is None:
         parser.error("an image for somebody else's broker pins its key: give --broker-key PEM, or --image FILE")
+    if arguments.broker_key is not None and not elsewhere:
+        parser.error("--broker-key is the key of a broker elsewhere: it goes with --broker URL or --serial SOCKET")
+    if arguments.broker_key is not None and arguments.image is not None:
+        parser.error("--broker-key is pinned in an image that is built here: --image FILE has its own")
     from svsm.cli.supervisor.disk import DiskKind
     from svsm.cli.supervisor.progress import Progress
     from svsm.cli.supervisor.session import Options, Session
@@ -81,15 +85,15 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
 
 
 def _port(text: str) -> int:
-    port = int(text)
-    if not 0 <= port < _LAST_PORT:
+    port = int(text) if text.isdecimal() else _LAST_PORT
+    if port >= _LAST_PORT:
         raise argparse.ArgumentTypeError(f"{text} and the next are not two ports")
     return port
 
 
 def _abi(text: str) -> int:
-    version = int(text)
-    if not 0 <= version <= _LAST_ABI:
+    version = int(text) if text.isdecimal() else _LAST_ABI + 1
+    if version > _LAST_ABI:
         raise argparse.ArgumentTypeError(f"{text} is no Landlock ABI")
     return version
 

@@ -58,9 +58,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value <= _MAX_SECONDS:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text} is no time: more than 0, at most {_MAX_SECONDS:.0f} seconds")
     return value
 
 
@@ -124,17 +127,19 @@ def _show(summary: Summary, *, as_json: bool) -> None:
 
 
 def _review(arguments: argparse.Namespace) -> int:
+    from svsm.formats.errors import StateError
     from svsm.fuzz.review import find_removal
     from svsm.testing.reviews import REVIEWS, read_found, write_found
 
     record = read_found(arguments.record) if arguments.record else {}
-    missed = 0
+    tried = missed = 0
     for review in REVIEWS:
         for row in review.rows:
             name = f"{review.name}: {row.name}"
             if arguments.row not in name or not review.target_of(row):
                 continue
             found = find_removal(review, row, seconds=arguments.time, seed=arguments.seed)
+            tried += 1
             missed += found is None
             if found is not None:
                 record.setdefault(review.name, {})[row.name] = found
@@ -145,6 +150,13 @@ def _review(arguments: argparse.Namespace) -> int:
                 print(f"{name}: NOT FOUND in {arguments.time:.0f} s", flush=True)
             else:
                 print(f"{name}: {found.target}, {found.seconds:.1f} s, {found.executions} inputs", flush=True)
+    if not tried:
+        raise StateError(
+            "no row of a review has this text in its name, and a check to take out",
+            code="fuzz-row",
+            hint="docs/review names the rows; the text may have the section before it, as in `Completions: SQID`",
+            got=arguments.row,
+        )
     if arguments.record:
         write_found(arguments.record, record)
     return 1 if missed else 0

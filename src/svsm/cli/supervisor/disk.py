@@ -23,6 +23,7 @@ import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 from svsm.cli.supervisor.roles import Emit
 from svsm.cli.supervisor.sockets import connect, connect_serial
@@ -61,6 +62,12 @@ class DiskKind(enum.StrEnum):
         return self in (DiskKind.FILE, DiskKind.QEMU_VIRTIO, DiskKind.QEMU_NVME)
 
 
+_OPEN_HINTS: Final = {
+    DiskKind.VHOST_USER: "start the vhost-user daemon first; it must listen on that socket, and let this user connect",
+    DiskKind.PROCESS: "start the disk process first; it must listen on that socket, and let this user connect",
+}
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Disk:
     """Where the disk is."""
@@ -95,7 +102,9 @@ class Disk:
             raise BackendError(
                 f"the disk {self.path} cannot be opened: {failed.strerror}",
                 code="disk-open",
-                hint="check the path, its permissions and that a disk process listens there if one should",
+                hint=_OPEN_HINTS.get(
+                    self.kind, "check the path and its permissions; a file must exist: truncate -s 8M FILE"
+                ),
             ) from failed
 
 

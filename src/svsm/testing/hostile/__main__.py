@@ -81,6 +81,11 @@ def _try(cell: Cell, *, as_json: bool) -> bool:
 
 def _run(options: argparse.Namespace) -> int:
     numbers = options.numbers or list(NUMBERS)
+    if unknown := sorted(set(numbers) - set(NUMBERS)):
+        print(
+            f"error: there is no attack {unknown[0]}\nhint: they have the numbers 1 to {max(NUMBERS)}", file=sys.stderr
+        )
+        return 2
     rings = [options.ring] if options.ring else list(RINGS)
     wrong = count = 0
     for cell in cells(options.transport):
