@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import base64
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -145,3 +147,31 @@ def test_misuse_is_a_usage_error(bench: Bench, line: str) -> None:
         bench.run(line)
     assert caught.value.code == 2
     assert not (bench.folder / "new").exists()
+
+
+_LISTING = """
+import sys
+from svsm.cli.main import main
+code = main(sys.argv[1:])
+print(*sorted(sys.modules), sep="\\n", file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def test_a_short_command_imports_little(bench: Bench) -> None:
+    """What each command waits for before it begins; `pathlib` alone would be a tenth more."""
+    words = ["volume", "ls", str(bench.image), "--key-file", str(bench.folder / "key")]
+    done = subprocess.run(
+        [sys.executable, "-c", _LISTING, *words], capture_output=True, text=True, timeout=60, check=True
+    )
+    modules = set(done.stderr.split())
+    assert "svsm.storage.cocoonfs.volume" in modules
+    for unwanted in ("numpy", "asyncio", "pathlib", "shutil", "json", "h11", "unicorn", "subprocess", "socket"):
+        assert unwanted not in modules
+    ours = {name for name in modules if name.startswith("svsm.")}
+    assert {name.split(".")[1] for name in ours} <= {"abi", "cli", "formats", "storage"}
+    assert {name for name in ours if name.startswith("svsm.cli.volume.")} == {
+        "svsm.cli.volume.access",
+        "svsm.cli.volume.looks",
+        "svsm.cli.volume.words",
+    }
