@@ -13,6 +13,7 @@ import os
 import socket
 import stat
 import uuid
+from typing import Final
 
 from svsm.abi.block import BlockDevice
 from svsm.abi.descriptors import client_socket
@@ -22,7 +23,10 @@ from svsm.storage.drivers.linux import LinuxDevice
 from svsm.storage.drivers.remote import RemoteDevice
 from svsm.storage.volume import DEFAULT_LAYOUT, Expected, Probe, Volume, probe, read_creation_info
 
-__all__ = ["VolumeDisk", "open_descriptor"]
+__all__ = ["MAX_FORMAT_BYTES", "VolumeDisk", "open_descriptor"]
+
+MAX_FORMAT_BYTES: Final = 16 << 30
+"""The host says how large its disk is, and a format takes memory for each block and time for each byte of it."""
 
 
 def open_descriptor(descriptor: int) -> BlockDevice:
@@ -97,7 +101,20 @@ class VolumeDisk:
         return Expected(DEFAULT_LAYOUT, self._salt, min_size_bytes=size, max_size_bytes=size)
 
     def format(self) -> Volume:
-        """Make the volume. Only for a disk that the rules of a first format allow."""
+        """Make the volume. Only for a disk that the rules of a first format allow.
+
+        Raises:
+            PolicyError: ``disk-too-large``; nothing was written.
+            SvsmError: What the volume and the disk say.
+        """
+        if self._device.size_bytes > MAX_FORMAT_BYTES:
+            raise PolicyError(
+                "the disk is larger than what a first boot formats",
+                code="disk-too-large",
+                hint="give the VM a disk of at most 16 GiB, or one on which its owner has made the volume",
+                expected=MAX_FORMAT_BYTES,
+                got=self._device.size_bytes,
+            )
         if self.announces_ours():
             self.volume = Volume.open(self._device, self._key, first_use=True, expected=self._ours())
         else:

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 
 import pytest
 
+from svsm.abi.block import Range
 from svsm.formats.errors import PolicyError, SvsmError
 from svsm.formats.release_token import VolumeState
 from svsm.kernel.disk import VolumeDisk
@@ -57,6 +59,24 @@ def test_anything_else_is_left_alone(kind: str) -> None:
         _birth().decide(_disk(device))
     assert caught.value.code == "birth-somebodys-volume"
     assert bytes(device.data) == before
+
+
+@pytest.mark.parametrize("size", [(16 << 30) + 512, 1 << 50, 1 << 73])
+def test_a_disk_without_end_is_not_formatted(size: int) -> None:
+    """The host says how large its disk is; that must not decide how much memory the kernel takes."""
+
+    class Endless(MemoryDevice):
+        size_bytes = size
+
+        def read(self, ranges: Sequence[Range]) -> list[bytes]:
+            return [bytes(length) for _, length in ranges]
+
+    device = Endless(SIZE)
+    disk = _disk(device)
+    assert _birth().decide(disk) is Action.FORMAT
+    with pytest.raises(PolicyError) as caught:
+        disk.format()
+    assert (caught.value.code, any(device.data)) == ("disk-too-large", False)
 
 
 def test_an_announcement_is_no_volume_that_was_used() -> None:
