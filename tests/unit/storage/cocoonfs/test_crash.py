@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Power cuts at every moment of commits, replays and creation: the old or the new state, never anything else.
+"""Errors of the device, power cuts of a creation, and the order of writes around a commit.
 
-A recording of two consecutive transactions is expanded into every medium that a cut may leave (see
-`svsm.testing.powercut`); each must open in the state before or after the transaction that was under way, and never
-before one that was acknowledged. The same with one barrier left out must *fail* this, for each barrier in turn: that
-is what shows that every barrier is needed.
+Power cuts of everything that writes are enumerated in `test_cuts`; here is what that does not see: what a volume does
+whose device fails, what is discarded, and that a torn head is cleared.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable
 import pytest
 
 from svsm.formats.errors import SvsmError
-from svsm.storage.cocoonfs import Decision, Probe, Volume, probe
+from svsm.storage.cocoonfs import Probe, Volume, probe
 from svsm.storage.drivers.memory import MemoryDevice
 from svsm.testing.powercut import CrashImage, PowerCutDisk, crash_images
 
@@ -115,42 +113,6 @@ class Recording:
         return None
 
 
-@pytest.mark.parametrize("block_size", [128, 512])
-def test_old_or_new(block_size: int) -> None:
-    recording = Recording(block_size)
-    count = 0
-    seen: set[int] = set()
-    for image in recording.images(samples=10):
-        assert recording.fault(image, block_size) is None
-        found = _files(Volume.open(MemoryDevice(image.content, block_size_bytes=block_size), KEY))
-        seen.add(recording.states.index(found))
-        count += 1
-    assert count > 150
-    assert seen == {0, 1, 2}
-
-
-@pytest.mark.parametrize("block_size", [128, 512])
-def test_old_or_new_with_trims(block_size: int) -> None:
-    """Discards of two consecutive transactions may be lost, torn, or late: nothing that counts is ever among them."""
-    recording = Recording(block_size, trim=True)
-    plain = Recording(block_size)
-    assert len(recording.disk.events) > len(plain.disk.events)
-    assert recording.barriers == plain.barriers
-    count = 0
-    for image in recording.images(samples=8):
-        assert recording.fault(image, block_size) is None
-        count += 1
-    assert count > 150
-
-
-@pytest.mark.parametrize("barrier", [2, 3, 6])
-def test_barriers_before_trims_are_needed(barrier: int) -> None:
-    """What is discarded is still needed while the journal leads to it, and before it does."""
-    recording = Recording(512, trim=True)
-    faults = (recording.fault(image, 512) for image in recording.images(samples=6, without=[barrier]))
-    assert any(fault is not None for fault in faults)
-
-
 def test_replay_discards_what_is_free_only() -> None:
     """A journal with trims, carried out at open: the discarded blocks are free, and a power cut at any time is well."""
     disk = PowerCutDisk(_base())
@@ -174,38 +136,6 @@ def test_replay_discards_what_is_free_only() -> None:
         assert _files(Volume.open(MemoryDevice(image.content), KEY)) == new
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("trim", [False, True])
-@pytest.mark.parametrize("block_size", [128, 512])
-def test_old_or_new_at_length(block_size: int, trim: bool) -> None:
-    transactions: list[Changes] = [
-        *TRANSACTIONS,
-        {n: _content(f"many {n}", 40 * n % 300) for n in range(100, 124)},
-        {**dict.fromkeys(range(100, 118)), 16: _content("large", 15000)},
-        {16: None, 17: None, 19: None},
-    ]
-    recording = Recording(block_size, transactions, trim=trim)
-    count = 0
-    for image in recording.images(samples=150):
-        assert recording.fault(image, block_size) is None
-        count += 1
-    assert count > 3000
-
-
-@pytest.mark.parametrize("barrier", range(8))
-def test_each_barrier_is_needed(barrier: int) -> None:
-    """Eight barriers in two commits; without any one of them some crash is noticed.
-
-    The last barrier of the last commit keeps the end of the journal before what the *next* commit writes, so it needs
-    a third one to show.
-    """
-    transactions: list[Changes] = [*TRANSACTIONS, {16: _content("third", 1700), 20: _content("twenty", 3000)}]
-    recording = Recording(512, transactions if barrier == 7 else TRANSACTIONS)
-    assert recording.barriers == (12 if barrier == 7 else 8)
-    faults = (recording.fault(image, 512) for image in recording.images(samples=6, without=[barrier]))
-    assert any(fault is not None for fault in faults)
-
-
 def test_torn_head_is_cleared_first() -> None:
     """A head that an earlier crash tore is zeroed, durably, before the next journal is laid."""
     recording = Recording(128, TRANSACTIONS[:1])
@@ -217,59 +147,6 @@ def test_torn_head_is_cleared_first() -> None:
     assert again.disk.events[1] == (head_offset, bytes(128))
     for image in again.images(samples=4):
         assert again.fault(image, 128) is None
-
-
-def _pending(block_size: int) -> tuple[bytes, Files, Files]:
-    disk = PowerCutDisk(_base(block_size), block_size=block_size)
-    volume = Volume.open(disk, KEY, random=_random())
-    old = _files(volume)
-    transaction = volume.transaction()
-    for inode, data in TRANSACTIONS[0].items():
-        if data is None:
-            transaction.unlink(inode)
-        else:
-            transaction.write(inode, data)
-    prepared = transaction.prepare()
-    pending = disk.content
-    prepared.apply()
-    return pending, old, _files(volume)
-
-
-@pytest.mark.parametrize("block_size", [128, 512])
-def test_crash_during_replay(block_size: int) -> None:
-    pending, _, new = _pending(block_size)
-    disk = PowerCutDisk(pending, block_size=block_size)
-    assert _files(Volume.open(disk, KEY)) == new
-    count = 0
-    for image in crash_images(pending, disk.events, samples=6):
-        assert _files(Volume.open(MemoryDevice(image.content, block_size_bytes=block_size), KEY)) == new
-        count += 1
-    assert count > 20
-
-
-def test_replay_needs_its_first_barrier() -> None:
-    """The barrier before the head is cleared shows here; the one after it keeps the journal's end before the next
-    commit, and is the same as the last of a commit, which `test_each_barrier_is_needed` covers."""
-    pending, _, new = _pending(512)
-    disk = PowerCutDisk(pending, block_size=512)
-    Volume.open(disk, KEY)
-    assert disk.flushes == 2
-
-    def opens(image: CrashImage) -> bool:
-        try:
-            return _files(Volume.open(MemoryDevice(image.content), KEY)) == new
-        except SvsmError:
-            return False
-
-    assert not all(opens(image) for image in crash_images(pending, disk.events, without_barriers=[0]))
-
-
-def test_crash_while_taking_back() -> None:
-    pending, old, new = _pending(512)
-    disk = PowerCutDisk(pending)
-    assert _files(Volume.open(disk, KEY, decide=lambda _found: Decision.NO)) == old
-    for image in crash_images(pending, disk.events, samples=4):
-        assert _files(Volume.open(MemoryDevice(image.content), KEY)) in (old, new)
 
 
 def test_crash_while_creating() -> None:
