@@ -4,59 +4,21 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from svsm.storage.cocoonfs import DEFAULT_LAYOUT, Volume
+from svsm.storage.cocoonfs import Volume
 from svsm.storage.drivers.memory import MemoryDevice
-from tests.support import peer
+from tests.interop.cocoonfs_tool import Tool
 
 pytestmark = pytest.mark.interop
 KEY = hashlib.sha256(b"interop").digest()
 
 
-class _Tool:
-    def __init__(self, folder: Path) -> None:
-        self._program = peer("cocoonfs")
-        self._folder = folder
-        self._image = folder / "image"
-
-    def _run(self, *arguments: str) -> str:
-        command = [str(self._program), "-i", str(self._image), "-f", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 0, done.stderr + done.stdout
-        return done.stdout
-
-    def give(self, content: bytes | bytearray) -> None:
-        self._image.write_bytes(content)
-
-    def take(self) -> MemoryDevice:
-        return MemoryDevice(self._image.read_bytes(), block_size_bytes=128)
-
-    def files(self) -> dict[int, int]:
-        listed = self._run("list-files", "-K", KEY.hex())
-        return {int(line.split()[0]): int(line.split()[1], 16) for line in listed.splitlines()}
-
-    def read(self, inode: int) -> bytes:
-        output = self._folder / "out"
-        output.unlink(missing_ok=True)
-        self._run("read-file", "-K", KEY.hex(), "-o", str(output), str(inode))
-        return output.read_bytes()
-
-    def write(self, inode: int, data: bytes, flags: int) -> None:
-        source = self._folder / "in"
-        source.write_bytes(data)
-        self._run("write-file", "-K", KEY.hex(), "-i", str(source), str(inode), str(flags))
-
-    def remove(self, inode: int) -> None:
-        self._run("remove-file", "-K", KEY.hex(), str(inode))
-
-
 @pytest.fixture
-def tool(tmp_path: Path) -> _Tool:
-    return _Tool(tmp_path)
+def tool(tmp_path: Path) -> Tool:
+    return Tool(tmp_path, KEY)
 
 
 def _content(seed: int, length: int) -> bytes:
@@ -68,8 +30,8 @@ def _created(size: int = 256 << 10) -> tuple[MemoryDevice, Volume]:
     return device, Volume.create(device, KEY, salt=b"\xdd\xee\xff")
 
 
-def _tool_agrees(tool: _Tool, device: MemoryDevice, files: dict[int, tuple[int, bytes]], sample: int = 8) -> None:
-    tool.give(device.data)
+def _tool_agrees(tool: Tool, device: MemoryDevice, files: dict[int, tuple[int, bytes]], sample: int = 8) -> None:
+    tool.give(device)
     assert tool.files() == {inode: flags for inode, (flags, _) in files.items()}
     for inode in sorted(files)[:: max(1, len(files) // sample)]:
         assert tool.read(inode) == files[inode][1]
@@ -87,7 +49,7 @@ def _write(volume: Volume, files: dict[int, tuple[int, bytes]], changes: dict[in
 
 
 @pytest.mark.parametrize("size", [16 << 10, 64 << 10, 559616, 1 << 20, 8 << 20])
-def test_mkfs(tool: _Tool, size: int) -> None:
+def test_mkfs(tool: Tool, size: int) -> None:
     device, volume = _created(size)
     files: dict[int, tuple[int, bytes]] = {}
     _tool_agrees(tool, device, files)
@@ -95,7 +57,7 @@ def test_mkfs(tool: _Tool, size: int) -> None:
     _tool_agrees(tool, device, files)
 
 
-def test_replace_and_unlink(tool: _Tool) -> None:
+def test_replace_and_unlink(tool: Tool) -> None:
     device, volume = _created()
     files: dict[int, tuple[int, bytes]] = {}
     _write(volume, files, {16: _content(1, 5000), 20: _content(2, 30000), 1 << 40: _content(3, 1)})
@@ -105,7 +67,7 @@ def test_replace_and_unlink(tool: _Tool) -> None:
     _tool_agrees(tool, device, files)
 
 
-def test_fragmentation(tool: _Tool) -> None:
+def test_fragmentation(tool: Tool) -> None:
     """Files in many extents: indirect lists, lists longer than a block, lists in a chain."""
     device, volume = _created(1 << 20)
     files: dict[int, tuple[int, bytes]] = {}
@@ -122,7 +84,7 @@ def test_fragmentation(tool: _Tool) -> None:
     _tool_agrees(tool, device, files)
 
 
-def test_many_inodes(tool: _Tool) -> None:
+def test_many_inodes(tool: Tool) -> None:
     device, volume = _created(1 << 20)
     files: dict[int, tuple[int, bytes]] = {}
     for start in range(0, 600, 100):
@@ -138,7 +100,7 @@ def test_many_inodes(tool: _Tool) -> None:
 
 
 @pytest.mark.parametrize("trim", [False, True])
-def test_pending_journal(tool: _Tool, trim: bool) -> None:
+def test_pending_journal(tool: Tool, trim: bool) -> None:
     """The tool replays journals of ours: small ones, ones with tails over distant regions, ones that ask for trims."""
     device, _ = _created(1 << 20)
     volume = Volume.open(device, KEY, trim=trim)
@@ -165,54 +127,3 @@ def test_pending_journal(tool: _Tool, trim: bool) -> None:
     assert not any(replayed.image.used.any_used(at // 128, at // 128 + 1) for at in differing)
     prepared.apply()
     assert Volume.open(device, KEY).root_digest == prepared.root_digest
-
-
-CONFIGURATIONS: dict[str, dict[str, int]] = {
-    "sha2-aes-192": {"auth_tree_node_hash": 0xC, "auth_tree_data_hmac_hash": 0xC, "cipher_key_bits": 192},
-    "sha2-aes-256": {"auth_tree_node_hash": 0xD, "auth_tree_data_hmac_hash": 0xD, "cipher_key_bits": 256},
-    "sha2-camellia-128": {"cipher_algorithm": 0x26},
-    "sha2-sm4-128": {"cipher_algorithm": 0x13},
-    "data block above IO block": {"auth_tree_data_block_allocation_blocks_log2": 4},
-    "IO block above data block": {"io_block_allocation_blocks_log2": 4},
-    "large nodes": {"index_leaf_node_allocation_blocks_log2": 2, "index_internal_node_allocation_blocks_log2": 3},
-    "small bitmap blocks": {"bitmap_file_block_allocation_blocks_log2": 0},
-    "large allocation blocks": {"allocation_block_size_128b_log2": 2, "io_block_allocation_blocks_log2": 1},
-}
-
-
-@pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_other_configurations(tool: _Tool, name: str) -> None:
-    """What comes for free beside the default configuration: the tool reads it, and replays its journals."""
-    layout = DEFAULT_LAYOUT.replace(**CONFIGURATIONS[name])
-    device = MemoryDevice(512 << 10, block_size_bytes=128)
-    volume = Volume.create(device, KEY, salt=b"salt", layout=layout)
-    files: dict[int, tuple[int, bytes]] = {}
-    _write(volume, files, {16 + n: _content(n, 150 * n) for n in range(30)})
-    _write(volume, files, {20: None, 21: _content(21, 9000)})
-    _tool_agrees(tool, device, files)
-    transaction = volume.transaction()
-    for inode in (16, 22, 99):
-        transaction.write(inode, _content(inode + 1, 5000), 1)
-        files[inode] = (1, _content(inode + 1, 5000))
-    transaction.prepare()
-    _tool_agrees(tool, device, files)
-    replayed = tool.take()
-    Volume.open(device, KEY)
-    assert bytes(replayed.data) == bytes(device.data)
-
-
-def test_turn_by_turn(tool: _Tool) -> None:
-    """Both write the same volume in turn."""
-    device, volume = _created()
-    files: dict[int, tuple[int, bytes]] = {}
-    for turn in range(6):
-        _write(volume, files, {16 + turn: _content(turn, 700 * turn), 50: _content(turn + 50, 2000)})
-        tool.give(device.data)
-        tool.write(30 + turn, _content(turn + 100, 1500), turn)
-        files[30 + turn] = (turn, _content(turn + 100, 1500))
-        if turn % 2:
-            tool.remove(16 + turn)
-            del files[16 + turn]
-        device = tool.take()
-        volume = Volume.open(device, KEY)
-        assert {info.inode: (info.flags, volume.read(info.inode)) for info in volume.list()} == files
