@@ -239,7 +239,7 @@ def test_swtpm_and_qemu_wait_for_each_other(tmp_path: Path) -> None:
     """Six bytes that say "6 bytes": swtpm waits for ten, and QEMU, told to abort, for swtpm, in its main loop."""
     control = tmp_path / "ctrl"
     words = [
-        peer("swtpm"),
+        str(peer("swtpm")),
         "socket",
         "--tpm2",
         "--tpmstate",
