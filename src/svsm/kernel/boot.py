@@ -30,6 +30,7 @@ from svsm.formats.settings import SETTINGS_BYTES, Settings
 from svsm.kernel.attestation import Release, attest
 from svsm.kernel.channels.stream import FramedChannel, StreamChannel
 from svsm.kernel.console import Console
+from svsm.kernel.decision import AlwaysYes, DecisionSource
 from svsm.kernel.devices import open_channel, open_disk, read_devices
 from svsm.kernel.disk import VolumeDisk, open_descriptor
 from svsm.kernel.events import READ, EventLoop
@@ -93,6 +94,7 @@ class Kernel:
         )
         self._tpms: list[TpmService] = []
         self._guest: Guest | None = None
+        self._source: DecisionSource = AlwaysYes()
         self._volume: Volume | None = None
         self._failure: SvsmError | None = None
         self._stopping = False
@@ -120,7 +122,7 @@ class Kernel:
         self._console.event("attested", volume_id=release.configuration.volume_id, state=release.state.value)
         birth = Birth(state=release.state, session=release.session, can_report=release.runtime is not None)
         self._volume = self._open_volume(release, birth, devices)
-        self._start_tpms(release.configuration, VolumeFiles(self._volume, on_failure=self._storage_failed))
+        self._start_tpms(release.configuration, self._files(self._volume))
         if birth.must_report:
             self._report_birth(line, release, birth, self._volume)
         for tpm in self._tpms:
@@ -172,7 +174,8 @@ class Kernel:
             device: BlockDevice = open_disk(self._platform, devices.disk, on_reset=self._disk_reset)
         else:
             device = open_descriptor(self._device(DeviceKind.DISK).descriptor)
-        disk = VolumeDisk(device, key=release.volume_key, volume_id=release.configuration.volume_id)
+        volume_id = release.configuration.volume_id
+        disk = VolumeDisk(device, key=release.volume_key, volume_id=volume_id, source=self._source)
         action = birth.decide(disk)
         if action is Action.FORMAT:
             self._console.event("formatting", size_bytes=device.size_bytes)
@@ -181,6 +184,10 @@ class Kernel:
             raise BackendError("the volume was not opened", code="boot-volume")
         self._console.event("volume", action=action.value, size_bytes=disk.volume.size_bytes)
         return disk.volume
+
+    def _files(self, volume: Volume) -> VolumeFiles:
+        later = self._loop.call_later
+        return VolumeFiles(volume, source=self._source, later=later, on_failure=self._storage_failed)
 
     def _start_tpms(self, configuration: LaunchConfiguration, files: VolumeFiles) -> None:
         for index, wanted in enumerate(configuration.tpms):

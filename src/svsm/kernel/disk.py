@@ -17,7 +17,8 @@ from typing import Final
 
 from svsm.abi.block import BlockDevice
 from svsm.abi.descriptors import client_socket
-from svsm.abi.errors import BackendError, FormatError, PolicyError, SvsmError
+from svsm.abi.errors import BackendError, FormatError, PolicyError, StateError, SvsmError
+from svsm.kernel.decision import DecisionSource, decide_at_open
 from svsm.storage.drivers.file import FileDevice
 from svsm.storage.drivers.linux import LinuxDevice
 from svsm.storage.drivers.remote import RemoteDevice
@@ -61,22 +62,38 @@ class VolumeDisk:
         device: The disk.
         key: The volume key.
         volume_id: UUID text; its bytes are the salt of a first format.
+        source: Asked about a commit that waits on the disk, and about later ones.
     """
 
-    def __init__(self, device: BlockDevice, *, key: bytes, volume_id: str) -> None:
+    def __init__(self, device: BlockDevice, *, key: bytes, volume_id: str, source: DecisionSource) -> None:
         self._device = device
         self._key = key
+        self._decide = decide_at_open(source)
         self._salt = uuid.UUID(volume_id).bytes
         self.volume: Volume | None = None
 
     def try_open(self) -> SvsmError | None:
-        """Open with the key; None, or why it does not open. Raises `BackendError` when the disk cannot be read."""
+        """Open with the key; None, or why it does not open.
+
+        Raises:
+            BackendError: The disk cannot be read.
+            StateError: It opens with the key, but the commit that waits on it is not settled: ``cocoonfs-undecided``
+                (whatever were read now could change under its readers), ``cocoonfs-half-applied``,
+                ``cocoonfs-journal-pending``.
+        """
         try:
-            self.volume = Volume.open(self._device, self._key)
-        except BackendError:
+            volume = Volume.open(self._device, self._key, decide=self._decide)
+        except (BackendError, StateError):
             raise
         except SvsmError as refused:
             return refused
+        if volume.pending is not None:
+            raise StateError(
+                "a commit waits on the disk, and nobody says whether it shall happen",
+                code="cocoonfs-undecided",
+                hint="boot again when the ledger can be reached; nothing was changed",
+            )
+        self.volume = volume
         return None
 
     def has_magic(self) -> bool:
@@ -116,7 +133,9 @@ class VolumeDisk:
                 got=self._device.size_bytes,
             )
         if self.announces_ours():
-            self.volume = Volume.open(self._device, self._key, first_use=True, expected=self._ours())
+            self.volume = Volume.open(
+                self._device, self._key, decide=self._decide, first_use=True, expected=self._ours()
+            )
         else:
             self.volume = Volume.create(self._device, self._key, salt=self._salt)
         return self.volume

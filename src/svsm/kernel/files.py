@@ -2,46 +2,50 @@
 """The files of the volume, as services see them: read one, replace several atomically.
 
 A replacement completes when its commit is applied, and never before. Commits are split into *prepare* (the journal
-head is durable), *decide* and *apply*; `decide` answers through a callback, so that a ledger at the broker can take
-its time while the kernel serves others. Changes that arrive while a decision is under way wait and go into the next
-commit together: the flushes of one commit then serve all of them.
+head is durable), *decide* and *apply*; the decision comes through a callback, so that a ledger at the broker can take
+its time while the kernel serves others. After *no* the change is refused; after *unknown* it stays unanswered, no
+other commit starts, and the question is put again. Changes that arrive while a decision is under way wait and go into
+the next commit together: the flushes of one commit then serve all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Final
 
 from svsm.abi.errors import PolicyError, SvsmError
-from svsm.storage.volume import PreparedCommit, Volume
+from svsm.kernel.decision import DecisionSource
+from svsm.storage.volume import Decision, PreparedCommit, Volume
 
-__all__ = ["Decide", "VolumeFiles", "always"]
+__all__ = ["ASK_AGAIN_SECONDS", "VolumeFiles"]
+
+ASK_AGAIN_SECONDS: Final = 1.0
+"""From an unknown answer to the next question about the same commit."""
 
 Done = Callable[[SvsmError | None], None]
-
-Decide = Callable[[PreparedCommit, Callable[[bool], None]], None]
-"""Asked once per prepared commit; must call back once with whether to apply it."""
-
-
-def always(prepared: PreparedCommit, answer: Callable[[bool], None]) -> None:
-    """The decision without a ledger: yes."""
-    del prepared
-    answer(True)
 
 
 class VolumeFiles:
     """A `svsm.kernel.objects.FileStore` on the opened volume.
 
     Args:
-        volume: The volume; only this object commits to it.
-        decide: Between prepare and apply.
+        volume: The volume, with no commit pending; only this object commits to it.
+        source: Asked between prepare and apply.
+        later: Calls once, after so many seconds: the event loop's.
         on_failure: Told when a commit failed, for the log.
     """
 
     def __init__(
-        self, volume: Volume, *, decide: Decide = always, on_failure: Callable[[SvsmError], None] = lambda _error: None
+        self,
+        volume: Volume,
+        *,
+        source: DecisionSource,
+        later: Callable[[float, Callable[[], None]], object],
+        on_failure: Callable[[SvsmError], None] = lambda _error: None,
     ) -> None:
         self._volume = volume
-        self._decide = decide
+        self._source = source
+        self._later = later
         self._on_failure = on_failure
         self._waiting: list[tuple[dict[int, bytes], Done]] = []
         self._deciding = False
@@ -83,7 +87,7 @@ class VolumeFiles:
                 return
         del self._waiting[:most]
         self._deciding = True
-        self._decide(prepared, lambda yes: self._decided(prepared, batch, yes))
+        self._ask(prepared, batch)
 
     def _prepare(self, batch: Sequence[tuple[dict[int, bytes], Done]]) -> PreparedCommit:
         transaction = self._volume.transaction()
@@ -92,10 +96,21 @@ class VolumeFiles:
                 transaction.write(inode, data)
         return transaction.prepare()
 
-    def _decided(self, prepared: PreparedCommit, batch: list[tuple[dict[int, bytes], Done]], yes: bool) -> None:
+    def _ask(self, prepared: PreparedCommit, batch: list[tuple[dict[int, bytes], Done]]) -> None:
+        def answer(decision: Decision) -> None:
+            if decision is Decision.UNKNOWN:
+                self._later(ASK_AGAIN_SECONDS, lambda: self._ask(prepared, batch))
+            else:
+                self._decided(prepared, batch, decision)
+
+        self._source.decide(prepared.counter, prepared.root_digest, answer)
+
+    def _decided(
+        self, prepared: PreparedCommit, batch: list[tuple[dict[int, bytes], Done]], decision: Decision
+    ) -> None:
         failure: SvsmError | None = None
         try:
-            if yes:
+            if decision is Decision.YES:
                 prepared.apply()
             else:
                 prepared.cancel()

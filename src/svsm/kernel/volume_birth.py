@@ -43,7 +43,7 @@ class DiskProbe(Protocol):
 
     def try_open(self) -> SvsmError | None:
         """Open with the volume key and keep it open: None, or why it does not open. Raises `BackendError` when the
-        disk cannot be read at all."""
+        disk cannot be read at all, `StateError` when the key fits and what the disk holds is not settled."""
 
     def has_magic(self) -> bool:
         """Whether the disk carries a CocoonFS magic or a creation magic."""
@@ -74,18 +74,13 @@ class Birth:
         """Whether `formatted` has to be sent before anything leaves."""
         return self._state is VolumeState.NEW and not self._acknowledged
 
-    @property
-    def may_answer(self) -> bool:
-        """Whether a TPM answer may leave the kernel."""
-        return self._decided and not self.must_report
-
     def decide(self, disk: DiskProbe) -> Action:
         """Use the disk, format it, or refuse.
 
         Raises:
             PolicyError: ``birth-foreign-proxy``, ``birth-somebodys-volume``, ``birth-no-volume``,
                 ``birth-other-volume``.
-            BackendError: From the disk.
+            BackendError, StateError: From the disk.
         """
         if self._state is VolumeState.NEW and not self._can_report:
             raise PolicyError(

@@ -11,6 +11,7 @@ import pytest
 from svsm.abi.block import Range
 from svsm.formats.errors import PolicyError, SvsmError
 from svsm.formats.release_token import VolumeState
+from svsm.kernel.decision import AlwaysYes
 from svsm.kernel.disk import VolumeDisk
 from svsm.kernel.volume_birth import Action, Birth
 from svsm.storage.cocoonfs import DEFAULT_LAYOUT, AuxMetadata, Volume, provision
@@ -28,7 +29,7 @@ def _birth(state: VolumeState = VolumeState.NEW) -> Birth:
 
 
 def _disk(device: MemoryDevice | PowerCutDisk) -> VolumeDisk:
-    return VolumeDisk(device, key=KEY, volume_id=ID)
+    return VolumeDisk(device, key=KEY, volume_id=ID, source=AlwaysYes())
 
 
 def test_ours_is_made() -> None:

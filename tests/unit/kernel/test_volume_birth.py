@@ -70,9 +70,9 @@ class Disk:
             return self.disk.ours
 
 
-def answers(birth: Birth) -> bool:
-    """`may_answer`, asked anew each time."""
-    return birth.may_answer
+def must_report(birth: Birth) -> bool:
+    """Asked anew each time."""
+    return birth.must_report
 
 
 def decide(state: VolumeState, disk: Disk, *, can_report: bool = True) -> Action | str:
@@ -121,21 +121,17 @@ def test_a_disk_that_cannot_be_read_is_no_reason_to_format() -> None:
         birth.formatted(counter=COUNTER, root=ROOT)
 
 
-def test_no_answer_leaves_before_the_acknowledgement() -> None:
+def test_a_new_volume_must_be_reported_until_it_is_acknowledged() -> None:
     birth = Birth(state=VolumeState.NEW, session=SESSION, can_report=True)
-    assert not answers(birth)
+    assert must_report(birth)
     birth.decide(Disk().opener(b"k"))
-    assert not answers(birth)
+    assert must_report(birth)
     message = birth.formatted(counter=COUNTER, root=ROOT)
-    assert birth.must_report
-    assert not answers(birth)
+    assert must_report(birth)
     birth.acknowledge(FormattedAcknowledged(reply_to=0, session=SESSION, counter=COUNTER, root=ROOT))
-    assert answers(birth)
+    assert not must_report(birth)
     assert message == Formatted(session=SESSION, counter=COUNTER, root=ROOT)
-    active = Birth(state=VolumeState.ACTIVE, session=SESSION, can_report=False)
-    assert not answers(active)
-    active.decide(Disk(key=b"k").opener(b"k"))
-    assert answers(active)
+    assert not must_report(Birth(state=VolumeState.ACTIVE, session=SESSION, can_report=False))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +145,7 @@ def test_an_acknowledgement_of_something_else(session: bytes, counter: bytes, ro
     with pytest.raises(PolicyError) as caught:
         birth.acknowledge(FormattedAcknowledged(reply_to=0, session=session, counter=counter, root=root))
     assert caught.value.code == "birth-acknowledgement"
-    assert not birth.may_answer
+    assert birth.must_report
 
 
 def test_order_of_reports() -> None:
@@ -358,7 +354,7 @@ def boot(desk: Desk, disk: Disk, *, die_after: str | None) -> tuple[Action, list
         step("recorded")
         birth.acknowledge(channel_of(release).answer(answer))
     step("acknowledged")
-    assert birth.may_answer
+    assert not birth.must_report
     left.append("TPM answer")
     return action, left
 
