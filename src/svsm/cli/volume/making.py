@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from svsm.cli.volume import access, words
+from svsm.cli.volume.meter import Watched, meter
 from svsm.formats.errors import BackendError, StateError
 
 if TYPE_CHECKING:
@@ -59,9 +60,9 @@ def _create(arguments: argparse.Namespace) -> int:
     key = access.key(arguments) or b""
     layout = access.layout(arguments) or DEFAULT_LAYOUT
     salt = _salt(arguments)
-    with _place(arguments) as device:
+    with _place(arguments) as device, meter() as progress:
         volume = Volume.create(
-            device,
+            Watched(device, progress),
             key,
             salt=salt,
             layout=layout,

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TextIO
 
-__all__ = ["Meter", "meter"]
+from svsm.abi.block import BlockDevice, Extent, Range
+
+__all__ = ["Meter", "Watched", "meter"]
 
 _PATIENCE_S, _INTERVAL_S = 0.5, 0.1
 _BAR = 24
@@ -58,3 +60,60 @@ def meter() -> Iterator[Meter]:
         yield shown
     finally:
         shown.end()
+
+
+class Watched:
+    """A `BlockDevice` that tells a meter how much was written to another one: making a volume writes all of it once.
+
+    Args:
+        device: The other one.
+        progress: Is told.
+    """
+
+    def __init__(self, device: BlockDevice, progress: Meter) -> None:
+        self._device, self._progress, self._written = device, progress, 0
+
+    @property
+    def size_bytes(self) -> int:
+        """As the other one's."""
+        return self._device.size_bytes
+
+    @property
+    def block_size_bytes(self) -> int:
+        """As the other one's."""
+        return self._device.block_size_bytes
+
+    @property
+    def read_only(self) -> bool:
+        """As the other one's."""
+        return self._device.read_only
+
+    def read(self, ranges: Sequence[Range]) -> list[bytes]:
+        """As the other one does."""
+        return self._device.read(ranges)
+
+    def write(self, extents: Sequence[Extent]) -> None:
+        """As the other one does, and counted."""
+        self._device.write(extents)
+        self._written += sum(len(data) for _, data in extents)
+        self._progress("writing", min(self._written, self.size_bytes), self.size_bytes)
+
+    def write_zeroes(self, ranges: Sequence[Range]) -> None:
+        """As the other one does."""
+        self._device.write_zeroes(ranges)
+
+    def flush(self) -> None:
+        """As the other one does."""
+        self._device.flush()
+
+    def discard(self, ranges: Sequence[Range]) -> None:
+        """As the other one does."""
+        self._device.discard(ranges)
+
+    def poll(self) -> bool:
+        """As the other one does."""
+        return self._device.poll()
+
+    def close(self) -> None:
+        """As the other one does."""
+        self._device.close()

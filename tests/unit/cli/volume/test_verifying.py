@@ -7,9 +7,10 @@ import os
 
 import pytest
 
-from svsm.cli.volume.meter import Meter
+from svsm.cli.volume.meter import Meter, Watched
 from svsm.storage.cocoonfs import Volume
 from svsm.storage.drivers.file import FileDevice
+from svsm.storage.drivers.memory import MemoryDevice
 from tests.unit.cli.volume.conftest import KEY, STATE, Bench
 
 
@@ -98,6 +99,10 @@ def test_progress_is_one_line_that_goes_away(monkeypatch: pytest.MonkeyPatch) ->
     assert " 50 %" in terminal.text
     meter.end()
     assert terminal.text.endswith("\r")
+    disk = Watched(MemoryDevice(4096), Meter(terminal))  # type: ignore[arg-type]
+    terminal.text, now[0] = "", 2.0
+    disk.write([(0, bytes(1024))])
+    assert (" 25 %" in terminal.text, disk.read([(0, 512)])) == (True, [bytes(512)])
     silent = Meter(None)
     now[0] = 9.0
     silent("files", 0, 0)
