@@ -11,7 +11,7 @@ here is refused before anything was touched.
 The shared memory for devices is cut into two parts, so that neither device has a say in what the other one moves.
 
 Setting a device up is a hundred accesses, each of which the host may answer in the last moment; all of them together
-have one deadline.
+have one deadline. So have those of one call of the key channel.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ CHANNEL_MEMORY_BYTES: Final = 0x8_0000
 DISK_MEMORY_BYTES: Final = ghcb.DEVICE_MEMORY_BYTES - CHANNEL_MEMORY_BYTES
 SETUP_SECONDS: Final = 30.0
 """For all accesses that set a device up, or reset it."""
+_LATE_SECONDS: Final = 1.0
+"""After a channel's deadline, for the access that is under way: whose time is over is the channel's to say."""
 DISK_SECONDS: Final = 10.0
 """Nobody is served while the kernel waits for its disk, so its patience is everybody's: long enough for a host that
 writes out its cache, short enough for a TPM's client."""
@@ -170,13 +172,44 @@ def _nvme_registers(platform: Platform, device: PciHost) -> DeviceRegisters:
 
 
 @contextlib.contextmanager
-def _in_time(access: DeviceRegisters | DevicePorts) -> Iterator[None]:
+def _until(access: DeviceRegisters | DevicePorts, deadline: float) -> Iterator[None]:
     """All accesses in this context have one deadline."""
-    access.expires = time.monotonic() + SETUP_SECONDS
+    access.expires = deadline
     try:
         yield
     finally:
         access.expires = math.inf
+
+
+def _in_time(access: DeviceRegisters | DevicePorts) -> contextlib.AbstractContextManager[None]:
+    return _until(access, time.monotonic() + SETUP_SECONDS)
+
+
+class _TimedChannel:
+    """A `Channel` whose accesses to registers end with the call that makes them, however slowly the host answers."""
+
+    def __init__(self, channel: Channel, access: DeviceRegisters | DevicePorts) -> None:
+        self._channel = channel
+        self._access = access
+
+    def send(self, data: Buffer, *, deadline: float) -> None:
+        """See `Channel`."""
+        with _until(self._access, deadline + _LATE_SECONDS):
+            self._channel.send(data, deadline=deadline)
+
+    def receive(self, max_bytes: int, *, deadline: float) -> bytes:
+        """See `Channel`."""
+        with _until(self._access, deadline + _LATE_SECONDS):
+            return self._channel.receive(max_bytes, deadline=deadline)
+
+    def fileno(self) -> int:
+        """See `Channel`."""
+        return self._channel.fileno()
+
+    def close(self) -> None:
+        """See `Channel`."""
+        with _in_time(self._access):
+            self._channel.close()
 
 
 def open_channel(platform: Platform, device: BootDevice) -> Channel:
@@ -189,7 +222,7 @@ def open_channel(platform: Platform, device: BootDevice) -> Channel:
     if isinstance(device, SerialPort):
         ports = platform.ports()
         with _in_time(ports):
-            return UartChannel(ports, base=device.port)
+            return _TimedChannel(UartChannel(ports, base=device.port), ports)
     if isinstance(device, VirtioMmio):
         registers = platform.registers(Gpa(device.gpa), device.size_bytes)
         with _in_time(registers):
@@ -198,7 +231,7 @@ def open_channel(platform: Platform, device: BootDevice) -> Channel:
             if driver is not None:
                 gpa, memory = platform.device_memory()
                 part = DmaMemory(memory[DISK_MEMORY_BYTES:], address=gpa + DISK_MEMORY_BYTES)
-                return driver(transport, part, platform.fileno())
+                return _TimedChannel(driver(transport, part, platform.fileno()), registers)
             transport.close()
     raise _wrong_kind(device, "key channel")
 

@@ -317,6 +317,30 @@ def test_a_host_that_is_slow_in_everything_does_not_keep_the_kernel(
         assert time.monotonic() - begun < 4
 
 
+class Stalling(WithPorts):
+    """Takes its time, once the test says so."""
+
+    delay: ClassVar[float] = 0.0
+
+    def _exit(self, message: Message) -> Message | None:
+        time.sleep(self.delay)
+        return super()._exit(message)
+
+
+def test_a_channels_call_ends_in_time_however_slow_each_access_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_LATE_SECONDS", 0.1)
+    with running_machine(host=Stalling) as machine:
+        channel = open_channel(machine.platform, _COM3)
+        channel.send(bytes(16), deadline=time.monotonic() + 30)
+        monkeypatch.setattr(Stalling, "delay", 0.3)
+        with pytest.raises(BackendError) as late:  # the status, what interrupts, and the byte itself: three accesses
+            channel.receive(16, deadline=time.monotonic() + 0.4)
+        assert late.value.code == "platform-host-deadline"
+        monkeypatch.setattr(Stalling, "delay", 0.0)
+        assert channel.receive(1, deadline=time.monotonic() + 30) == b"\0"
+        channel.close()
+
+
 # ---- the kernel itself ----------------------------------------------------------------------------------------------
 
 
