@@ -15,31 +15,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from svsm.abi.block import Extent
 from svsm.storage.cocoonfs import Volume
-from svsm.storage.drivers.file import FileDevice
 from tests.bench.report import ROOT, Row
+from tests.bench.volume_sides import KEY, MIB, SALT, CountingFile
 
 __all__ = ["curve_rows"]
 
-_KEY, _SALT, _MIB = bytes(range(32)), b"\xdd\xee\xff", 1 << 20
 _SIZES_MIB = (8, 32, 128, 512, 1024)
 _MEMORY_TARGET_MIB = 150
-_TIMES = 30
+_TIMES = 100
 
 
-class _Counting(FileDevice):
-    """A file that counts what is written, and whose flushes do nothing."""
-
-    written = 0
-
-    def write(self, extents: Sequence[Extent]) -> None:
-        """Write, and count."""
-        self.written += sum(len(data) for _, data in extents)
-        super().write(extents)
+class _Unflushed(CountingFile):
+    """A file whose flushes do nothing."""
 
     def flush(self) -> None:
         """Nothing."""
@@ -63,11 +54,11 @@ def _peak_mib() -> float:
 
 
 def _measure(size_mib: int, path: str) -> dict[str, float]:
-    os.truncate(path, size_mib * _MIB)
-    device = _Counting(os.open(path, os.O_RDWR))
-    Volume.create(device, _KEY, salt=_SALT)
+    os.truncate(path, size_mib * MIB)
+    device = _Unflushed(os.open(path, os.O_RDWR))
+    Volume.create(device, KEY, salt=SALT)
     found = {"memory of mkfs": _peak_mib()}
-    volume = Volume.open(device, _KEY)
+    volume = Volume.open(device, KEY)
     small, numbers = os.urandom(4096), iter(range(1000, 2000))
 
     def write(inode: int) -> None:
@@ -83,7 +74,7 @@ def _measure(size_mib: int, path: str) -> dict[str, float]:
     found["read 4 KiB"] = _best_ms(lambda: volume.read(16))
     found["memory in use"] = _peak_mib()
     start = time.process_time()
-    Volume.open(device, _KEY)
+    Volume.open(device, KEY)
     found["open"] = (time.process_time() - start) * 1000
     return found
 

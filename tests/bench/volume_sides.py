@@ -15,16 +15,27 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from svsm.abi.block import Extent
 from svsm.storage.cocoonfs import Volume
 from svsm.storage.cocoonfs.layout import DEFAULT_LAYOUT, ImageLayout
 from svsm.storage.drivers.file import FileDevice
 from tests.bench.report import ROOT
 
-__all__ = ["KEY", "MIB", "OurVolume", "Side", "TheirVolume", "best_of_turns", "reference_program"]
+__all__ = [
+    "KEY",
+    "MIB",
+    "SALT",
+    "CountingFile",
+    "OurVolume",
+    "Side",
+    "TheirVolume",
+    "best_of_turns",
+    "reference_program",
+]
 
 KEY = bytes(range(32))
 MIB = 1 << 20
-_SALT = b"\xdd\xee\xff"
+SALT = b"\xdd\xee\xff"
 
 
 class Side(Protocol):
@@ -46,6 +57,17 @@ class Side(Protocol):
         """List the files."""
 
 
+class CountingFile(FileDevice):
+    """A file that counts the bytes which are written to it."""
+
+    written = 0
+
+    def write(self, extents: Sequence[Extent]) -> None:
+        """Write, and count."""
+        self.written += sum(len(data) for _, data in extents)
+        super().write(extents)
+
+
 def _contents(lengths: Sequence[int], folder: Path) -> dict[int, Path]:
     folder.mkdir(exist_ok=True)
     paths = {length: folder / f"contents-{length}" for length in lengths}
@@ -64,6 +86,12 @@ class OurVolume:
         self._image, self._size, self._layout = image, size_bytes, layout
         self._contents = {length: os.urandom(length) for length in lengths}
         self._volume: Volume | None = None
+        self._device: CountingFile | None = None
+
+    @property
+    def written(self) -> int:
+        """Bytes that were written since the volume was made."""
+        return 0 if self._device is None else self._device.written
 
     @property
     def volume(self) -> Volume:
@@ -78,7 +106,9 @@ class OurVolume:
         self._image.unlink(missing_ok=True)
         descriptor = os.open(self._image, os.O_RDWR | os.O_CREAT, 0o600)
         os.ftruncate(descriptor, self._size)
-        self._volume = Volume.create(FileDevice(descriptor), KEY, salt=_SALT, layout=self._layout)
+        self._device = CountingFile(descriptor)
+        self._volume = Volume.create(self._device, KEY, salt=SALT, layout=self._layout)
+        self._device.written = 0
 
     def write(self, inode: int, length: int) -> None:
         """In a transaction of its own."""
@@ -143,7 +173,7 @@ class TheirVolume:
         """Make it anew."""
         self._image.unlink(missing_ok=True)
         algorithms = ("-H", "sha2", "-C", "aes", "-t", "128")
-        self._run("mkfs", "-K", KEY.hex(), "-I", _SALT.hex(), *algorithms, "-s", f"{self._size // MIB}M")
+        self._run("mkfs", "-K", KEY.hex(), "-I", SALT.hex(), *algorithms, "-s", f"{self._size // MIB}M")
 
     def write(self, inode: int, length: int) -> None:
         """From a file."""
