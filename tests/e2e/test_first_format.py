@@ -24,7 +24,8 @@ import svsm
 from svsm.cli.supervisor.state import StateDirectory
 from svsm.confine import Role
 from svsm.formats.negotiation import ChannelFrame
-from svsm.testing.diskprocess import CachedDisk, serve, tear
+from svsm.testing.diskprocess import CachedDisk, tear
+from svsm.testing.vhost_user_disk import serve_connection
 from tests.e2e.boot_support import (
     SILENT,
     Ask,
@@ -138,7 +139,7 @@ class SteppedDisk(CachedDisk):
         self.steps += 1
         if self.steps >= self._end_at:
             self._gone.set()
-            raise OSError("the power is cut")
+            raise EOFError("the power is cut")
 
     def write(self, offset: int, data: bytes) -> None:
         super().write(offset, data)
@@ -150,11 +151,12 @@ class SteppedDisk(CachedDisk):
 
 
 class StepServer:
-    """A disk for one boot, on a Unix socket."""
+    """A disk for one boot, behind the virtio driver."""
 
     def __init__(self, place: Path, image: Path, *, end_at: int) -> None:
         self.path = place / f"d{end_at}"
         self.gone = threading.Event()
+        self._image = image
         self.disk = SteppedDisk(image, end_at=end_at, gone=self.gone)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(self.path))
@@ -164,11 +166,7 @@ class StepServer:
 
     def _serve(self) -> None:
         connection, _ = self._listener.accept()
-        with connection:
-            try:
-                serve(connection, self.disk)
-            except OSError:
-                return
+        serve_connection(connection, self._image, self.disk)
 
     def close(self) -> None:
         self._thread.join(10)
@@ -186,7 +184,7 @@ def cut_power(owner: Estate, place: Path, step: int, loss: str) -> bool:
     with image.open("wb") as file:
         file.truncate(DISK_BYTES)
     server = StepServer(place, image, end_at=step)
-    with vm.boot("--disk", f"process:{server.path}") as instance:
+    with vm.boot("--disk", f"vhost-user:{server.path}") as instance:
         while not server.gone.wait(0.005):
             if instance.process.poll() is not None or _is_ready(instance):
                 break

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """Everything is killed at random moments, the disk too: no acknowledged write is lost, no boot is refused.
 
-The disk has a volatile cache. What was not flushed when it died is gone, or reaches the medium in random pieces. A
-write that was answered must be there after the next boot; the one that was under way may be there, whole, or not
-at all. SVSM_SEED repeats the choices of a run (not its timing).
+The disk has a volatile cache below the kernel's virtio driver (`svsm.testing.vhost_user_disk`). What was not flushed
+when it died is gone, or reaches the medium in random pieces. A write that was answered must be there after the next
+boot; the one that was under way may be there, whole, or not at all. SVSM_SEED repeats the choices of a run (not its
+timing).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -81,9 +83,9 @@ def write_until_killed(where: Path, rng: random.Random, ledger: Ledger) -> None:
 class Rounds:
     """One system and its disk over many power cuts."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, kind: Literal["vhost-user", "process"]) -> None:
         self.rng = random.Random(seed)
-        self.disk = PowerCutDisk(folder)
+        self.disk = PowerCutDisk(folder, kind=kind)
         self.system = System(folder, "--disk", self.disk.option)
         self.ledger = Ledger()
         self.names: tuple[object, object] | None = None
@@ -146,10 +148,10 @@ class Rounds:
 
 
 @pytest.fixture
-def rounds(folder: Path) -> Iterator[Rounds]:
+def rounds(folder: Path, request: pytest.FixtureRequest) -> Iterator[Rounds]:
     seed = int(os.environ.get("SVSM_SEED") or secrets.randbits(32))
     print(f"SVSM_SEED={seed}")  # pytest shows it when the test fails
-    made = Rounds(folder, seed)
+    made = Rounds(folder, seed, getattr(request, "param", "vhost-user"))
     yield made
     made.close()
 
@@ -169,6 +171,7 @@ def test_acknowledged_writes_survive_power_cuts(rounds: Rounds, count: int) -> N
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("rounds", ["process"], indirect=True)  # behind a device role, its death ends the whole run
 def test_a_disk_that_pauses_delays_and_one_that_dies_means_failure(rounds: Rounds) -> None:
     rounds.prepare()
     disk = rounds.disk.process

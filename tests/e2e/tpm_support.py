@@ -2,8 +2,8 @@
 """A whole system under a test's control, and raw TPM commands for its socket.
 
 `System` is `svsm boot` as a process: started, waited for, stopped in order, or killed with everything that belongs to
-it. `PowerCutDisk` is its disk as a program of its own, whose cache is lost, or
-reaches the file in pieces, when it dies.
+it. `PowerCutDisk` is its disk as a program of its own, behind the virtio driver or without one, whose cache is lost,
+or reaches the file in pieces, when it dies.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -140,9 +141,19 @@ class TpmClient:
 
 
 class PowerCutDisk:
-    """A disk program (`svsm.testing.diskprocess`) on a file of its own."""
+    """A disk program on a file of its own.
 
-    def __init__(self, folder: Path, size_bytes: int = 8 << 20) -> None:
+    Args:
+        folder: Where its files go.
+        kind: "vhost-user": the kernel's virtio driver reaches it (`svsm.testing.vhost_user_disk`); "process": the
+            kernel has a connection and no driver (`svsm.testing.diskprocess`).
+        size_bytes: Of the file.
+    """
+
+    def __init__(
+        self, folder: Path, *, kind: Literal["vhost-user", "process"] = "vhost-user", size_bytes: int = 8 << 20
+    ) -> None:
+        self.kind = kind
         self.image, self.socket, self.spill = (folder / name for name in ("disk.img", "disk.sock", "disk.spill"))
         with self.image.open("wb") as file:
             file.truncate(size_bytes)
@@ -151,12 +162,13 @@ class PowerCutDisk:
     @property
     def option(self) -> str:
         """For `--disk`."""
-        return f"process:{self.socket}"
+        return f"{self.kind}:{self.socket}"
 
     def start(self) -> None:
         """Listen; the cache is empty."""
         self.socket.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "svsm.testing.diskprocess", str(self.image), str(self.socket), str(self.spill)]
+        program = {"vhost-user": "svsm.testing.vhost_user_disk", "process": "svsm.testing.diskprocess"}[self.kind]
+        command = [sys.executable, "-m", program, str(self.image), str(self.socket), str(self.spill)]
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
         await_listener(self.socket, self.process)
 

@@ -115,8 +115,8 @@ class Backend:
     """What connections are made to.
 
     Args:
-        descriptor: The disk's file; stays the caller's.
-        options: What the device offers.
+        disk: The disk, or the descriptor of its file; stays the caller's.
+        options: What the device offers, with a descriptor.
         script: What is said instead; None is honest.
         protocol_features: What is offered of them.
         make: The device model's class.
@@ -130,14 +130,14 @@ class Backend:
 
     def __init__(
         self,
-        descriptor: int,
+        disk: int | BlkBackend,
         options: BlkOptions | None = None,
         *,
         script: Script | None = None,
         protocol_features: int = PROTOCOL_FEATURES,
         make: Callable[..., MmioBlk] = MmioBlk,
     ) -> None:
-        self.disk = BlkBackend(descriptor, options or BlkOptions())
+        self.disk = disk if isinstance(disk, BlkBackend) else BlkBackend(disk, options or BlkOptions())
         self.script = script
         self.protocol_features = protocol_features
         self.make = make

@@ -112,6 +112,20 @@ class BlkBackend:
             write_zeroes_may_unmap=1,
         ).pack()
 
+    def load(self, offset: int, length: int) -> bytes:
+        """Bytes of the disk."""
+        return os.pread(self._descriptor, length, offset)
+
+    def store(self, offset: int, data: bytes) -> None:
+        """Write all of it."""
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._descriptor, data[done:], offset + done)
+
+    def sync(self) -> None:
+        """Make everything durable that was stored."""
+        os.fdatasync(self._descriptor)
+
     def resize(self, sectors: int) -> None:
         """Another capacity; the file follows."""
         os.ftruncate(self._descriptor, sectors * SECTOR_BYTES)
@@ -151,11 +165,11 @@ class BlkBackend:
         if kind == BlkType.IN:
             if not self._inside(header.sector, space):
                 return BlkStatus.IO_ERROR, b""
-            return BlkStatus.OK, os.pread(self._descriptor, space, header.sector * SECTOR_BYTES)
+            return BlkStatus.OK, self.load(header.sector * SECTOR_BYTES, space)
         if kind == BlkType.GET_ID:
             return BlkStatus.OK, self.options.serial[:_ID_BYTES].ljust(min(_ID_BYTES, space), b"\0")
         if kind == BlkType.FLUSH and self.features & BlkFeature.FLUSH:
-            os.fdatasync(self._descriptor)
+            self.sync()
             self.flushes += 1
             return BlkStatus.OK, b""
         if kind == BlkType.OUT:
@@ -172,9 +186,7 @@ class BlkBackend:
     def _write(self, sector: int, data: bytes) -> BlkStatus:
         if self.options.features & BlkFeature.RO or not self._inside(sector, len(data)):
             return BlkStatus.IO_ERROR
-        done = 0
-        while done < len(data):
-            done += os.pwrite(self._descriptor, data[done:], sector * SECTOR_BYTES + done)
+        self.store(sector * SECTOR_BYTES, data)
         return BlkStatus.OK
 
     def _ranges(self, data: bytes, most_sectors: int, most_segments: int) -> BlkStatus:
