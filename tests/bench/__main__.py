@@ -23,6 +23,7 @@ from tests.bench import (
     bench_qtest,
     bench_vhost_user,
     bench_virtio_driver,
+    bench_volume_command,
     bench_vtpm,
     guest_exits,
 )
@@ -33,6 +34,7 @@ __all__ = ["BENCHES", "main"]
 BENCHES: dict[str, Callable[[], Result]] = {
     "snp-digest": bench_digest.bench,
     "cocoonfs": bench_cocoonfs.bench,
+    "volume-command": bench_volume_command.bench,
     "vtpm-getrandom": bench_vtpm.bench,
     "guest": guest_exits.bench,
     "boot": bench_boot.bench,

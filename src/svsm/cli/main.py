@@ -83,7 +83,10 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument(_DEBUG, action="store_true", help="show a traceback with an error; anywhere on the line")
     groups = parser.add_subparsers(dest="group", metavar="COMMAND", required=True)
     chosen = next((word for word in words if not word.startswith("-")), None)
+    # A command does not pay for the groups that it does not name either; all of them are for help and for mistakes.
     for name, summary in _GROUPS.items():
+        if name != chosen and chosen in _GROUPS:
+            continue
         group = groups.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name == chosen:
             module = importlib.import_module(f"svsm.cli.{name}")

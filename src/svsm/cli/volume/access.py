@@ -127,7 +127,6 @@ def load() -> None:
     gc.disable()
     try:
         importlib.import_module("svsm.storage.cocoonfs")
-        importlib.import_module("svsm.storage.cocoonfs.survey")
         importlib.import_module("svsm.storage.drivers.file")
     finally:
         gc.freeze()
