@@ -131,12 +131,6 @@ class DevicePorts(Protocol):
     def out8(self, port: int, data: bytes) -> None:
         """Write each byte to a port."""
 
-    def in16(self, port: int) -> int:
-        """Read 16 bits."""
-
-    def out16(self, port: int, value: int) -> None:
-        """Write 16 bits."""
-
     def in32(self, port: int) -> int:
         """Read 32 bits."""
 

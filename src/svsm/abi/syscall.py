@@ -223,11 +223,6 @@ class FrameReader:
         self._buffer = bytearray()
         self._max_frame_bytes = max_frame_bytes
 
-    @property
-    def buffered_bytes(self) -> int:
-        """Bytes of the frame that is not complete yet."""
-        return len(self._buffer)
-
     def feed(self, chunk: Buffer) -> list[tuple[FrameHeader, bytes]]:
         """Add what arrived; returns the frames that it completes.
 

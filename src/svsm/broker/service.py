@@ -229,10 +229,6 @@ class Broker:
             raise StateError("several volumes have this name", code="broker-volume-ambiguous", volume=volume[:80])
         return exact[0]
 
-    def volume_by_host_data(self, host_data: bytes) -> Volume | None:
-        """The row of a launch configuration, if there is one."""
-        return self._store.by_host_data(host_data)
-
     def allowed_digests(self, volume_id: str) -> list[bytes]:
         """A volume's launch digests."""
         return self._store.digests(volume_id)

@@ -25,7 +25,7 @@ from svsm.formats.snp import certs
 from svsm.formats.snp.tcb import Line, Tcb
 from svsm.hardware.authority import Authority, Machine
 
-__all__ = ["load_authority", "load_machine", "mint", "root_fingerprint"]
+__all__ = ["load_machine", "mint", "root_fingerprint"]
 
 _SCHEMA: Final = 1
 _MAX_FILE_BYTES: Final = 64 * 1024
@@ -156,7 +156,7 @@ def load_machine(directory: Path) -> Machine:
     ask, ark = _certificates(directory, "cert_chain.pem", 2)
     key = _private_key(directory, "vcek.key.pem")
     spki = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or spki != vcek.public_key:
+    if spki != vcek.public_key:
         raise _damaged("the chip's key and certificate do not belong together")
     line, chip_id, tcb = about
     extensions = certs.vek_extensions(vcek)
@@ -174,24 +174,6 @@ def root_fingerprint(directory: Path) -> bytes:
     """
     _, ark = _certificates(directory, "cert_chain.pem", 2)
     return hashlib.sha256(ark.raw).digest()
-
-
-def load_authority(directory: Path) -> Authority:
-    """Load the authority with its keys: what can sign any report under this root.
-
-    Raises:
-        StateError: ``machine-missing``, ``machine-damaged``, ``machine-schema``.
-        BackendError: ``machine-io``.
-    """
-    line, _, _ = _about(directory)
-    ask, ark = _certificates(directory, "cert_chain.pem", 2)
-    keys = [_private_key(directory, name) for name in ("ark.key.pem", "ask.key.pem")]
-    ark_key, ask_key = keys
-    if not isinstance(ark_key, rsa.RSAPrivateKey) or not isinstance(ask_key, rsa.RSAPrivateKey):
-        raise _damaged("the authority's keys are of another kind")
-    return Authority(
-        line, ark_key, ask_key, x509.load_der_x509_certificate(ark.raw), x509.load_der_x509_certificate(ask.raw)
-    )
 
 
 def _damaged(message: str) -> StateError:
@@ -222,12 +204,12 @@ def _certificates(directory: Path, name: str, count: int) -> list[certs.Certific
     return found
 
 
-def _private_key(directory: Path, name: str) -> ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey:
+def _private_key(directory: Path, name: str) -> ec.EllipticCurvePrivateKey:
     try:
         key = serialization.load_pem_private_key(_read(directory, name), password=None)
     except (ValueError, TypeError):
         key = None
-    if not isinstance(key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise _damaged(f"{name} is damaged")
     return key
 

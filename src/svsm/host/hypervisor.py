@@ -30,7 +30,7 @@ from svsm.host.attachment import DeviceRelay
 from svsm.host.hardware_port import HardwarePort
 from svsm.host.launcher import NO_DEVICES, Launched, launch_image
 
-__all__ = ["DeviceOffer", "Hypervisor", "HypervisorEnd", "Listener", "run_hypervisor"]
+__all__ = ["DeviceOffer", "Hypervisor", "HypervisorEnd", "Listener"]
 
 _PAGE: Final = 4096
 _LARGE_PAGE: Final = 2 * 1024 * 1024
@@ -364,43 +364,3 @@ class Hypervisor:
             if descriptor is not None:
                 os.close(descriptor)
         self._outgoing.clear()
-
-
-def run_hypervisor(
-    hardware_socket: socket.socket,
-    kernel_socket: socket.socket,
-    shared_fd: int,
-    image: bytes,
-    *,
-    configuration: bytes,
-    devices: Sequence[DeviceOffer] = (),
-    listeners: Sequence[Listener] = (),
-    notify: Notify = lambda _name, _details: None,
-) -> HypervisorEnd:
-    """The host process's main: launch, run, relay, until the VM has ended.
-
-    Args:
-        hardware_socket: SOCK_SEQPACKET to `svsm.hardware.machine.run_hardware`.
-        kernel_socket: SOCK_SEQPACKET, the other end of the kernel's "host" descriptor.
-        shared_fd: The shared memfd.
-        image: An IGVM file.
-        configuration: The launch configuration's bytes (canonical JSON).
-        devices: Handed to the kernel at once, in this order.
-        listeners: Socket fronts whose connections are handed over.
-        notify: See `Notify`.
-
-    Raises:
-        FormatError, ProtocolError, BackendError: The image cannot be launched; the machine has been stopped.
-    """
-    port = HardwarePort(hardware_socket)
-    hypervisor = Hypervisor(port, kernel_socket, shared_fd, listeners=listeners, notify=notify)
-    try:
-        launched = hypervisor.launch(IgvmFile.parse(image), configuration)
-        for device in devices:
-            hypervisor.offer(device)
-        hypervisor.start(launched)
-    except SvsmError:
-        port.stop()
-        port.close()
-        raise
-    return hypervisor.serve()

@@ -73,14 +73,6 @@ class IoPorts:
             self._window.write(self._scratch, piece)
             self._exit(ghcb.IoAccess(port, _BYTE, reading=False, string=True), count=len(piece))
 
-    def in16(self, port: int) -> int:
-        """Read 16 bits. Raises as `in8`."""
-        return self._in(port, 2)
-
-    def out16(self, port: int, value: int) -> None:
-        """Write 16 bits. Raises as `in8`."""
-        self._out(port, 2, value)
-
     def in32(self, port: int) -> int:
         """Read 32 bits. Raises as `in8`."""
         return self._in(port, 4)

@@ -20,7 +20,7 @@ from svsm.formats.snp.certs import parse_certificate
 from svsm.formats.snp.report import Report, parse_report
 from svsm.formats.snp.tcb import Line
 from svsm.hardware.authority import Authority, Machine
-from svsm.hardware.machine_store import load_authority, load_machine, mint
+from svsm.hardware.machine_store import load_machine, mint
 from tests.simulated import NOW, authority, authority_keys, machine
 
 
@@ -131,26 +131,6 @@ def test_the_chip_does_not_need_its_authoritys_keys(tmp_path: Path) -> None:
     for name in ("ark.key.pem", "ask.key.pem"):
         (tmp_path / "machine" / name).unlink()
     load_machine(tmp_path / "machine")
-    with pytest.raises(StateError) as refused:
-        load_authority(tmp_path / "machine")
-    assert refused.value.code == "machine-missing"
-
-
-@pytest.mark.long
-def test_an_authority_is_loaded_with_its_keys(tmp_path: Path) -> None:
-    made = mint(tmp_path / "machine", now=NOW)
-    loaded = load_authority(tmp_path / "machine")
-    assert loaded.ark_key.key_size == loaded.ask_key.key_size == 4096
-    sibling = Machine.create(loaded, now=NOW)
-    assert sibling.root_fingerprint == made.root_fingerprint
-    verdict = verify(
-        sibling.sign_report(sibling.new_report(3)),
-        sibling.vcek,
-        roots=Roots.simulated(made.ark),
-        chain=[made.ask],
-        at=NOW,
-    )
-    assert verdict.accepted
 
 
 def test_keys_do_not_show() -> None:

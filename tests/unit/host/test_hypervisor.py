@@ -28,7 +28,8 @@ from svsm.formats.snp.vmsa import Vmsa
 from svsm.hardware.machine import run_hardware
 from svsm.hardware.memory import PhysicalMemory
 from svsm.hardware.rmp import Home
-from svsm.host.hypervisor import Listener, run_hypervisor
+from svsm.host.hardware_port import HardwarePort
+from svsm.host.hypervisor import Hypervisor, Listener
 from svsm.host.launcher import configuration_area
 from svsm.launch.digest import launch_digest
 from svsm.testing.machine_harness import RunningMachine, running_machine, small_image, throwaway_chip
@@ -234,7 +235,7 @@ def test_clients_of_listening_sockets_are_handed_over(tmp_path: Path) -> None:
 
 
 def test_the_main_functions_together() -> None:
-    """`run_hardware` and `run_hypervisor` as a boot calls them; an image whose start is refused ends both."""
+    """`run_hardware` and a `Hypervisor` as a boot has them; an image whose start is refused ends both."""
     made = builder()
     made.page(0x1000, b"x" * 4096)
     image = made.finish().pack()  # no VMSA
@@ -256,8 +257,13 @@ def test_the_main_functions_together() -> None:
         )
     )
     hardware.start()
+    port = HardwarePort(host_side)
+    hypervisor = Hypervisor(port, host_kernel, memory.descriptors[Home.SHARED])
+    launched = hypervisor.launch(IgvmFile.parse(image), b"{}")
     with pytest.raises(SvsmError) as error, host_kernel:
-        run_hypervisor(host_side, host_kernel, memory.descriptors[Home.SHARED], image, configuration=b"{}")
+        hypervisor.start(launched)
+    port.stop()
+    port.close()
     assert error.value.code == "host-no-vmsa"
     hardware.join(10)
     assert len(reasons) == 1

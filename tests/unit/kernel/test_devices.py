@@ -236,8 +236,6 @@ def test_widths_strings_and_refusals() -> None:
             lambda: ports.in8(0x80, 4),
             lambda: ports.out8(0x80, b"x"),
             lambda: ports.out8(0x80, b"xy"),
-            lambda: ports.in16(0x3E8),
-            lambda: ports.out16(0x3E8, 1),
             lambda: ports.in32(0x3E8),
             lambda: ports.out32(0x3E8, 1),
         ]

@@ -48,7 +48,6 @@ __all__ = [
     "PageOperation",
     "PageStateEntry",
     "VmmError",
-    "msr_run_vmpl",
     "msr_run_vmpl_target",
     "pack_page_states",
     "parse_page_states",
@@ -186,11 +185,6 @@ class MsrProtocol(enum.IntEnum):
     RUN_VMPL_REQUEST = 0x016
     RUN_VMPL_RESPONSE = 0x017
     TERMINATE = 0x100
-
-
-def msr_run_vmpl(vmpl: int) -> int:
-    """The GHCB MSR value by which a guest asks to run another VMPL."""
-    return (vmpl << 32) | MsrProtocol.RUN_VMPL_REQUEST
 
 
 def msr_run_vmpl_target(value: int) -> int | None:

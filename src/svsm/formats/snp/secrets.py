@@ -11,7 +11,7 @@ from typing import Annotated, Final
 
 from svsm.formats.record import U8, U32, U64, Bytes, Record, record
 
-__all__ = ["SECRETS_PAGE_SIZE", "SECRETS_VERSION", "SecretsPage", "fresh_secrets", "secrets_for_guest"]
+__all__ = ["SECRETS_PAGE_SIZE", "SECRETS_VERSION", "SecretsPage", "fresh_secrets"]
 
 SECRETS_PAGE_SIZE: Final = 4096
 SECRETS_VERSION: Final = 4
@@ -59,19 +59,3 @@ def fresh_secrets(*, vmpcks: tuple[bytes, bytes, bytes, bytes], fms: int, tsc_fa
         SECRETS_VERSION, 0, fms, 0, bytes(16), *vmpcks, bytes(96), bytes(64), 0, 0, 0, 0, 0, bytes(3), tsc_factor,
         bytes(4096 - 0x164),
     )  # fmt: skip
-
-
-def secrets_for_guest(page: SecretsPage, *, vmpl: int, svsm_base: int, svsm_size: int, svsm_caa: int) -> SecretsPage:
-    """The copy that the SVSM gives to a guest at `vmpl` (1 to 3): keys above its level zeroed, SVSM fields filled."""
-    keys = tuple(key if level >= vmpl else bytes(32) for level, key in enumerate(page.vmpcks))
-    return page.replace(
-        vmpck0=keys[0],
-        vmpck1=keys[1],
-        vmpck2=keys[2],
-        vmpck3=keys[3],
-        svsm_base=svsm_base,
-        svsm_size=svsm_size,
-        svsm_caa=svsm_caa,
-        svsm_max_version=1,
-        svsm_guest_vmpl=vmpl,
-    )

@@ -20,7 +20,6 @@ from cryptography.hazmat.primitives.hmac import HMAC
 from svsm.formats.errors import FormatError, IntegrityError
 from svsm.formats.record import Buffer
 from svsm.storage.cocoonfs.encoding import (
-    MAX_POINTER_EXTENT_AB,
     Extent,
     decode_extent_pointer,
     encode_extent_pointer,
@@ -182,21 +181,6 @@ class Chain:
     def capacity(self, extent_bytes: int, *, first: bool) -> int:
         """Payload bytes in an extent that is followed by another (the last one holds one byte less)."""
         return max(0, (extent_bytes - self._front(first)) // self._iv_bytes * self._iv_bytes - 8)
-
-    def tails_needed(self, payload_bytes: int, head_bytes: int, unit_ab: int) -> list[int]:
-        """Lengths in ab of the extents behind a head of `head_bytes` that the payload needs, multiples of `unit_ab`."""
-        rest = payload_bytes - self.capacity(head_bytes, first=True)
-        tails: list[int] = []
-        while rest >= 0:
-            length = unit_ab
-            while length + unit_ab <= MAX_POINTER_EXTENT_AB and self._tail_capacity(length) <= rest:
-                length += unit_ab
-            tails.append(length)
-            rest -= self._tail_capacity(length)
-        return tails
-
-    def _tail_capacity(self, length_ab: int) -> int:
-        return self.capacity(length_ab * self.layout.ab_bytes, first=False)
 
     def _tag(self, parts: Sequence[bytes], *, first: bool) -> bytes:
         if self.mac is None:

@@ -23,7 +23,7 @@ from svsm.formats.snp.guest_message import (
 )
 from svsm.formats.snp.hardware_messages import ANSWER, HEADER_SIZE, MAX_MESSAGE, HostCommand, Message
 from svsm.formats.snp.hardware_messages import MAX_PAYLOAD as MAX_MESSAGE_PAYLOAD
-from svsm.formats.snp.secrets import SecretsPage, fresh_secrets, secrets_for_guest
+from svsm.formats.snp.secrets import SecretsPage, fresh_secrets
 
 KEYS = (b"0" * 32, b"1" * 32, b"2" * 32, b"3" * 32)
 
@@ -164,8 +164,6 @@ def test_page_states_that_cannot_be_written(gpa: int) -> None:
 )
 def test_run_vmpl_in_the_msr_protocol(value: int, target: int | None) -> None:
     assert ghcb.msr_run_vmpl_target(value) == target
-    if target is not None:
-        assert ghcb.msr_run_vmpl(target) == value
 
 
 def test_exit_info_of_a_guest_request() -> None:
@@ -221,17 +219,12 @@ def test_secrets_page_offsets_are_those_of_the_specification() -> None:
     data = fresh_secrets(vmpcks=KEYS, fms=0xA00F11, tsc_factor=9).pack()
     assert data[0x08:0x0C] == bytes.fromhex("110fa000")
     assert data[0x20:0xA0] == b"".join(KEYS)
-    guest = secrets_for_guest(
-        SecretsPage.parse(data), vmpl=2, svsm_base=0x1000, svsm_size=0x2000, svsm_caa=0x3000
+    page = SecretsPage.parse(data)
+    assert page.vmpcks == KEYS
+    guest = page.replace(
+        svsm_base=0x1000, svsm_size=0x2000, svsm_caa=0x3000, svsm_max_version=1, svsm_guest_vmpl=2
     ).pack()
-    assert guest[0x20:0xA0] == bytes(64) + KEYS[2] + KEYS[3]
     assert guest[0x140:0x15D] == bytes.fromhex("0010000000000000 0020000000000000 0030000000000000 01000000 02")
-
-
-@pytest.mark.parametrize("vmpl", [1, 2, 3])
-def test_a_guests_copy_has_no_key_above_its_level(vmpl: int) -> None:
-    page = secrets_for_guest(fresh_secrets(vmpcks=KEYS, fms=0), vmpl=vmpl, svsm_base=0, svsm_size=0, svsm_caa=0)
-    assert page.vmpcks == tuple(key if level >= vmpl else bytes(32) for level, key in enumerate(KEYS))
 
 
 def test_cpuid_page_round_trip_and_bounds() -> None:

@@ -21,7 +21,6 @@ from svsm.storage.drivers import file as file_driver
 from svsm.storage.drivers.checks import block_io_error
 from svsm.storage.drivers.file import FileDevice
 from svsm.storage.drivers.memory import MemoryDevice
-from svsm.storage.drivers.overlay import OverlayDevice
 from svsm.storage.drivers.remote import RemoteDevice
 from svsm.storage.drivers.virtio.blk import BlkPolicy
 from svsm.testing.block_conformance import (
@@ -35,6 +34,7 @@ from svsm.testing.block_conformance import (
     zeroes,
 )
 from svsm.testing.diskprocess import DiskProcess
+from svsm.testing.overlay import OverlayDevice
 from svsm.testing.powercut import PowerCutDisk
 from svsm.testing.virtio_harness import SMALL_POLICY, Machine, disk_file, virtio_disk
 

@@ -14,8 +14,8 @@ from svsm.formats.errors import BackendError, StateError, SvsmError
 from svsm.storage.cocoonfs import Volume
 from svsm.storage.drivers.file import FileDevice
 from svsm.storage.drivers.memory import MemoryDevice
-from svsm.storage.drivers.overlay import OverlayDevice
 from svsm.testing.diskprocess import DiskProcess
+from svsm.testing.overlay import OverlayDevice
 from svsm.testing.powercut import PowerCutDisk
 
 SIZE = 64 << 10

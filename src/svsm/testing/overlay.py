@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """A writable view of a device that must not change: writes stay in memory.
 
-Offline tools use it to look at a volume with a pending commit as it will be, and leave the disk as it is. What was
-written is kept by block; the memory it takes is what was written.
+What was written is kept by block; the memory it takes is what was written.
 """
 
 from __future__ import annotations
