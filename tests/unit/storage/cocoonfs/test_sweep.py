@@ -108,11 +108,13 @@ def _look(device: WatchedDevice) -> Outcome:
         return (files, None)
 
 
-def _judged(judgements: Judgements, content: bytes, good: Outcome, *, inside: bool) -> Outcome:
+def _judged(judgements: Judgements, content: bytes, *, inside: bool) -> Outcome:
     """What looking shows; what lies inside authentication, and no file needed, a check has to find."""
     outcome = judgements.of(content)
-    if inside and outcome == good and check(MemoryDevice(content, block_size_bytes=128), KEY).worst is Severity.ERROR:
-        return "found by a check"
+    if inside and isinstance(outcome, tuple):
+        report = check(MemoryDevice(content, block_size_bytes=128), KEY)
+        if any(one.severity is Severity.ERROR and one.kind != "aux-damaged" for one in report.findings):
+            return "found by a check"
     return outcome
 
 
@@ -130,7 +132,7 @@ def _bits(small: Small, bits: Iterable[int]) -> Counter[str]:
         byte = bit >> 3
         changed[byte] ^= 1 << (bit & 7)
         kind = kind_of.get(byte)
-        outcome = _judged(judgements, bytes(changed), good, inside=kind is None)
+        outcome = _judged(judgements, bytes(changed), inside=kind is None)
         changed[byte] ^= 1 << (bit & 7)
         if isinstance(outcome, str):
             assert kind is None or "auxiliary" in kind, f"bit {bit:#x}, {kind}: {outcome}"
@@ -192,7 +194,7 @@ def _swap(small: Small, size: int, step: int) -> Counter[str]:
             for place in range(size)
             if at * size + place not in outside
         )
-        outcome = _judged(judgements, b"".join(mixed), good, inside=not same)
+        outcome = _judged(judgements, b"".join(mixed), inside=not same)
         if isinstance(outcome, str):
             counted[outcome] += 1
             continue
