@@ -12,15 +12,12 @@ operation, its start included. A target is what ours may take at most, made from
   make a volume;
 * for a thousand files in one commit a fifth of a thousand of its runs.
 
-Then: whole commands of ours, and what a small commit costs in volumes of 8 MiB to 1 GiB (`volume_curve`).
+Then: what a small commit costs in volumes of 8 MiB to 1 GiB (`volume_curve`). Whole commands of ours are
+`bench_volume_command`'s.
 """
 
 from __future__ import annotations
 
-import functools
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +26,7 @@ from svsm.storage.cocoonfs.presets import layout_of
 from svsm.storage.cocoonfs.profiles import TUNED
 from tests.bench.report import ROOT, Result, Row, output
 from tests.bench.volume_curve import curve_rows
-from tests.bench.volume_sides import KEY, MIB, OurVolume, Side, TheirVolume, best_of_turns, reference_program
+from tests.bench.volume_sides import MIB, OurVolume, Side, TheirVolume, best_of_turns, reference_program
 
 __all__ = ["bench"]
 
@@ -37,7 +34,6 @@ _SMALL, _LARGE, _HUGE = 4096, MIB, 64 * MIB
 _NAMES = {_SMALL: "4 KiB", _LARGE: "1 MiB", _HUGE: "64 MiB"}
 _TURNS = {_SMALL: 15, _LARGE: 7, _HUGE: 3}
 _FILES, _RUNS = 1000, 50
-_COMMAND_TARGET_MS = 80.0
 _INODE = 1 << 32
 _TUNED_FACTORS = {"mkfs": 1 / 2, "write 64 MiB": 1 / 0.9, "read 64 MiB": 1 / 1.5}
 
@@ -91,22 +87,13 @@ def _size_rows(where: str, folder: Path, size_mib: int, program: Path | None) ->
     return rows
 
 
-def _many_rows(where: str, folder: Path, program: Path | None) -> list[Row]:
-    """A thousand files: in one commit, by one command, and by runs of the reference program."""
+def _many_row(where: str, folder: Path, program: Path | None) -> Row:
+    """A thousand files: in one commit, and by runs of the reference program."""
     inodes = range(_INODE, _INODE + _FILES)
-    image, contents, key = folder / "many", folder / "small", folder / "key"
-    contents.write_bytes(bytes(range(256)) * 16)
-    key.write_bytes(KEY)
-    batch = folder / "batch"
-    batch.write_text("".join(f"write {inode} {contents}\n" for inode in inodes), encoding="ascii")
-    volume = OurVolume(image, 32 * MIB, (_SMALL,))
+    volume = OurVolume(folder / "many", 32 * MIB, (_SMALL,))
     volume.mkfs()
     library = best_of_turns({"": lambda: volume.write_many(inodes, _SMALL)}, 3, {"": volume.mkfs})[""]
-    volume.mkfs()
     volume.close()
-    run = functools.partial(_command, folder / "compiled")
-    run("ls", image, "--key-file", key)
-    command = best_of_turns({"": lambda: run("batch", image, batch, "--key-file", key)}, 1)[""]
     peer = None
     if program is not None:
         theirs = TheirVolume(program, folder / "theirs-many", 32 * MIB, (_SMALL,))
@@ -117,41 +104,7 @@ def _many_rows(where: str, folder: Path, program: Path | None) -> list[Row]:
                 theirs.write(inode, _SMALL)
 
         peer = best_of_turns({"": runs}, 1)[""] / _RUNS * _FILES
-    target = None if peer is None else peer / 5
-    name = f"{where}: {_FILES} files of 4 KiB"
-    return [
-        Row(f"{name}, one commit", library, "ms", target, peer),
-        Row(f"{name}, svsm volume batch", command, "ms", target, peer),
-    ]
-
-
-def _command_rows(where: str, folder: Path) -> list[Row]:
-    """Whole commands that touch little."""
-    image, contents, key = folder / "little", folder / "small", folder / "key"
-    volume = OurVolume(image, 8 * MIB, (_SMALL,))
-    volume.mkfs()
-    volume.write(_INODE, _SMALL)
-    volume.close()
-    run = functools.partial(_command, folder / "compiled")
-    words: dict[str, list[object]] = {
-        "info": ["info", image],
-        "ls": ["ls", image, "--key-file", key],
-        "read 4 KiB": ["read", image, str(_INODE), "--key-file", key, "--output", "/dev/null", "--force"],
-        "write 4 KiB": ["write", image, str(_INODE), contents, "--key-file", key, "--force"],
-    }
-    commands = {verb: functools.partial(run, *arguments) for verb, arguments in words.items()}
-    best = best_of_turns(commands, 7)
-    return [Row(f"{where}: svsm volume {verb}", taken, "ms", _COMMAND_TARGET_MS) for verb, taken in best.items()]
-
-
-def _command(cache: Path, *words: object) -> None:
-    """A command of ours, as a whole process. As in an installed program its modules are compiled already."""
-    command = [sys.executable, "-m", "svsm.cli.main", "volume", *map(str, words)]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    environment["PYTHONPYCACHEPREFIX"] = str(cache)
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"svsm volume {words[0]}: {done.stderr.strip()[-500:]}")
+    return Row(f"{where}: {_FILES} files of 4 KiB, one commit", library, "ms", peer and peer / 5, peer)
 
 
 def bench(sizes_mib: Sequence[int] = (8, 128)) -> Result:
@@ -164,8 +117,7 @@ def bench(sizes_mib: Sequence[int] = (8, 128)) -> Result:
         with tempfile.TemporaryDirectory(dir=parent, prefix=".bench-") as name:
             for size in sizes_mib:
                 rows += _size_rows(where, Path(name), size, program)
-            rows += _many_rows(where, Path(name), program)
-            rows += _command_rows(where, Path(name))
+            rows.append(_many_row(where, Path(name), program))
     rows += curve_rows()
     peers = {"cocoonfs": output(str(program), "--version")} if program else {}
     details: dict[str, object] = {
