@@ -30,7 +30,7 @@ from svsm.host.attachment import DeviceRelay
 from svsm.host.hardware_port import HardwarePort
 from svsm.host.launcher import NO_DEVICES, Launched, launch_image
 
-__all__ = ["DeviceOffer", "Hypervisor", "HypervisorEnd", "Listener"]
+__all__ = ["DeviceOffer", "Hypervisor", "HypervisorEnd", "Listener", "Notify"]
 
 _PAGE: Final = 4096
 _LARGE_PAGE: Final = 2 * 1024 * 1024

@@ -35,7 +35,7 @@ from svsm.hardware.messages import Port
 from svsm.hardware.rmp import Home
 from svsm.hardware.vcpu_port import VcpuPort
 from svsm.host.hardware_port import HardwarePort
-from svsm.host.hypervisor import DeviceOffer, Hypervisor, HypervisorEnd, Listener
+from svsm.host.hypervisor import DeviceOffer, Hypervisor, HypervisorEnd, Listener, Notify
 from svsm.host.launcher import NO_DEVICES, Launched
 from svsm.kernel.simulated_platform import SimulatedPlatform, launched_ranges
 from svsm.launch.build import build_image
@@ -120,6 +120,12 @@ class _TestSpawner:
         self.descriptors = {name: os.dup(descriptor) for name, descriptor in descriptors.items()}
         self.started.set()
         return _Thread()
+
+    def wait(self) -> KernelStart:
+        """How the kernel was started."""
+        if not self.started.wait(_JOIN_SECONDS) or self.start is None:
+            raise RuntimeError("the kernel was not started")
+        return self.start
 
     def service(self, name: str, archive: int, parameters: Mapping[str, str]) -> tuple[Spawned, socket.socket]:
         """A service that answers its name and parameters once: enough to see that the socket arrives."""
@@ -206,33 +212,9 @@ def running_machine(
         host: A hypervisor class, for hostile ones.
         host_seconds: The kernel's patience.
     """
-    memory = PhysicalMemory()
-    spawner = _TestSpawner()
-    to_host, to_hardware = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    kernel_end, host_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    threads: list[threading.Thread] = []
-    port = None if vcpu is None else _vcpu_port(vcpu, memory, threads)
-    machine = Machine(
-        host=Port(to_host, name="the host"),
-        chip=chip or throwaway_chip(),
-        spawner=spawner,
-        memory=memory,
-        vcpu=port,
-        kernel_descriptors={"host": kernel_end.detach()},
-    )
-    threads.append(threading.Thread(target=machine.serve, daemon=True))
-    for thread in threads:
-        thread.start()
+    parts = _Parts(chip or throwaway_chip(), vcpu)
     events: list[tuple[str, Mapping[str, object]]] = []
-    hardware = HardwarePort(to_hardware)
-    directed: type[_Directed] = type("Directed", (_Directed, host), {"work": collections.deque(), "results": []})
-    hypervisor = directed(
-        hardware,
-        host_end,
-        memory.descriptors[Home.SHARED],
-        listeners=listeners,
-        notify=lambda name, details: events.append((name, details)),
-    )
+    hypervisor = parts.hypervisor(host, listeners, notify=lambda name, details: events.append((name, details)))
     try:
         launched = hypervisor.launch(
             IgvmFile.parse(small_image() if image is None else image), configuration, device_tree
@@ -240,44 +222,86 @@ def running_machine(
         for device in devices:
             hypervisor.offer(device)
         hypervisor.start(launched)
-        if not spawner.started.wait(_JOIN_SECONDS) or spawner.start is None:
-            raise RuntimeError("the kernel was not started")
+        start = parts.spawner.wait()
     except BaseException:
-        hardware.close()
-        host_end.close()
-        for thread in threads:
-            thread.join(_JOIN_SECONDS)
-        memory.close()
+        parts.abandon()
         raise
     killed: list[int] = []
     platform = SimulatedPlatform(
-        spawner.descriptors,
-        validated=launched_ranges(spawner.start.registers),
-        secrets_gpa=spawner.start.registers["rbx"],
+        parts.spawner.descriptors,
+        validated=launched_ranges(start.registers),
+        secrets_gpa=start.registers["rbx"],
         host_seconds=host_seconds,
         end=killed.append,
     )
-    running = RunningMachine(platform, machine, hypervisor, launched, spawner.start, events, killed=killed)
-    serving = threading.Thread(target=lambda: setattr(running, "end", hypervisor.serve()), daemon=True)
-    serving.start()
-    threads.append(serving)
+    running = RunningMachine(platform, parts.machine, hypervisor, launched, start, events, killed=killed)
+    parts.thread(lambda: setattr(running, "end", hypervisor.serve()))
     try:
         yield running
     finally:
         platform.close()
-        for thread in threads:
-            thread.join(_JOIN_SECONDS)
+        parts.end()
+
+
+class _Parts:
+    """The machine's threads and what they share. The hardware runs at once.
+
+    Args:
+        chip: The chip.
+        vcpu: As for `running_machine`.
+    """
+
+    def __init__(self, chip: Chip, vcpu: Callable[..., None] | None) -> None:
+        self.spawner = _TestSpawner()
+        self._memory = PhysicalMemory()
+        self._threads: list[threading.Thread] = []
+        to_host, to_hardware = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        kernel_end, self._host_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._hardware = HardwarePort(to_hardware)
+        self.machine = Machine(
+            host=Port(to_host, name="the host"),
+            chip=chip,
+            spawner=self.spawner,
+            memory=self._memory,
+            vcpu=None if vcpu is None else self._vcpu_port(vcpu),
+            kernel_descriptors={"host": kernel_end.detach()},
+        )
+        self.thread(self.machine.serve)
+
+    def thread(self, work: Callable[[], object]) -> None:
+        """Run something until the machine ends."""
+        self._threads.append(threading.Thread(target=work, daemon=True))
+        self._threads[-1].start()
+
+    def _vcpu_port(self, vcpu: Callable[..., None]) -> VcpuPort:
+        """The machine's end to a vCPU, which gets a thread."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        vmpl2, shared = (self._memory.descriptors[home] for home in (Home.VMPL2, Home.SHARED))
+        self.thread(lambda: _guarded(vcpu, theirs, vmpl2_fd=vmpl2, shared_fd=shared))
+        return VcpuPort(ours)
+
+    def hypervisor(self, host: type[Hypervisor], listeners: Sequence[Listener], *, notify: Notify) -> Hypervisor:
+        """A hypervisor of a class that a test can direct."""
+        directed: type[_Directed] = type("Directed", (_Directed, host), {"work": collections.deque(), "results": []})
+        shared = self._memory.descriptors[Home.SHARED]
+        return directed(self._hardware, self._host_end, shared, listeners=listeners, notify=notify)
+
+    def abandon(self) -> None:
+        """There will be no kernel."""
+        self._hardware.close()
+        self._host_end.close()
+        self._join()
+
+    def end(self) -> None:
+        """After the kernel has closed its channels."""
+        self._join()
         for name in ("private", "vmpl2", "shared"):
-            os.close(spawner.descriptors[name])
-        memory.close()
+            os.close(self.spawner.descriptors[name])
 
-
-def _vcpu_port(vcpu: Callable[..., None], memory: PhysicalMemory, threads: list[threading.Thread]) -> VcpuPort:
-    """The machine's end to a vCPU, whose thread is appended."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    fds = {"vmpl2_fd": memory.descriptors[Home.VMPL2], "shared_fd": memory.descriptors[Home.SHARED]}
-    threads.append(threading.Thread(target=_guarded, args=(vcpu, theirs), kwargs=fds, daemon=True))
-    return VcpuPort(ours)
+    def _join(self) -> None:
+        for thread in self._threads:
+            thread.join(_JOIN_SECONDS)
+        self._memory.close()
 
 
 def _guarded(vcpu: Callable[..., None], sock: socket.socket, *, vmpl2_fd: int, shared_fd: int) -> None:
