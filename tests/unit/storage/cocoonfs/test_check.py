@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 
 import pytest
 
 from svsm.formats.errors import BackendError, StateError
 from svsm.storage.cocoonfs import Decision, Volume
-from svsm.storage.cocoonfs import transaction as transaction_module
 from svsm.storage.cocoonfs.check import CheckReport, Severity, check, check_image
 from svsm.storage.cocoonfs.creation import backup_offset
 from svsm.storage.cocoonfs.index import Entry
@@ -19,6 +17,7 @@ from svsm.storage.cocoonfs.layout import CREATION_MAGIC
 from svsm.storage.cocoonfs.repair import repair
 from svsm.storage.drivers.memory import MemoryDevice
 from svsm.testing.powercut import PowerCutDisk, crash_images
+from tests.unit.storage.cocoonfs.faulty import commit_with_a_fault, leak
 
 KEY = b"check"
 FILES = {16: 3000, 17: 60, 18: 20000, 1 << 40: 0}
@@ -44,26 +43,6 @@ def _kinds(report: CheckReport) -> set[str]:
 def _same_files(device: MemoryDevice) -> bool:
     volume = Volume.open(device, KEY, read_only=True)
     return all(volume.read(inode) == _content(inode, length) for inode, length in FILES.items())
-
-
-def _corrupt(monkeypatch: pytest.MonkeyPatch, volume: Volume, change: Callable[[object], None]) -> None:
-    """A commit by a faulty program: `change` is done to its layout after the files."""
-    original = transaction_module._Layout._index
-
-    def faulty(self: object) -> object:
-        change(self)
-        return original(self)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(transaction_module._Layout, "_index", faulty)
-        with volume.transaction() as transaction:
-            transaction.write(30, b"thirty")
-
-
-def _leak(layout: object) -> None:
-    for _ in range(2):
-        layout._lay(layout.space.pieces(6, 1), bytes(6 * 128))  # type: ignore[attr-defined]
-        layout.space.pieces(3, 1)  # type: ignore[attr-defined]
 
 
 def test_good() -> None:
@@ -126,9 +105,9 @@ def test_many_findings_are_counted() -> None:
     assert listed <= 50
 
 
-def test_leaks_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leaks_are_given_back() -> None:
     device, volume = _volume()
-    _corrupt(monkeypatch, volume, _leak)
+    commit_with_a_fault(volume, leak)
     free = volume.free_bytes
     report = check(device, KEY)
     assert _kinds(report) == {"leaked"}
@@ -144,9 +123,9 @@ def test_leaks_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _same_files(device)
 
 
-def test_repair_survives_power_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repair_survives_power_cuts() -> None:
     device, volume = _volume()
-    _corrupt(monkeypatch, volume, _leak)
+    commit_with_a_fault(volume, leak)
     disk = PowerCutDisk(bytes(device.data))
     assert repair(disk, KEY).is_good
     kinds = set()
@@ -160,11 +139,11 @@ def test_repair_survives_power_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"leaked", "journal-pending"} <= kinds
 
 
-def test_two_files_with_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_files_with_one_block() -> None:
     device, volume = _volume()
     pointer = volume.image.find(16)
     assert pointer is not None
-    _corrupt(monkeypatch, volume, lambda layout: layout.editor.put(Entry(31, pointer.pointer, 0)))  # type: ignore[attr-defined]
+    commit_with_a_fault(volume, lambda layout: layout.editor.put(Entry(31, pointer.pointer, 0)))
     before = bytes(device.data)
     report = check(device, KEY)
     assert _kinds(report) == {"double-allocated", "file"}
@@ -173,13 +152,13 @@ def test_two_files_with_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bytes(device.data) == before
 
 
-def test_file_in_free_space(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_in_free_space() -> None:
     device, volume = _volume()
 
     def forget(layout: object) -> None:
         layout.used.set([(begin, len(data) // 128) for begin, data in layout.writes], 0)  # type: ignore[attr-defined]
 
-    _corrupt(monkeypatch, volume, forget)
+    commit_with_a_fault(volume, forget)
     report = check(device, KEY)
     assert _kinds(report) == {"unallocated", "file"}
 
