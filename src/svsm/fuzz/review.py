@@ -18,7 +18,6 @@ from svsm.testing.review import Found, Review, Row, without
 
 __all__ = ["find_removal"]
 
-_DISKS: Final = "svsm.fuzz.disks"
 _EXECUTIONS: Final = 1500
 """Of one search."""
 
@@ -36,9 +35,9 @@ def find_removal(review: Review, row: Row, *, seconds: float, seed: int = 1) -> 
         Finding: What was found is there with the check as well.
     """
     name = review.target_of(row)
-    whole = _target(name)
-    with without(review, row, rebuilt=(_DISKS,)):
-        target, executions, started = watched(_target(name)), 0, time.process_time()
+    whole = _target(review, name)
+    with without(review, row, rebuilt=review.fuzzers):
+        target, executions, started = watched(_target(review, name)), 0, time.process_time()
         findings: dict[str, tuple[bytes, str]] = {}
         while not findings and (left := started + seconds - time.process_time()) > 0:
             # From nothing again and again: what the first inputs happen to be decides much.
@@ -59,6 +58,6 @@ def find_removal(review: Review, row: Row, *, seconds: float, seed: int = 1) -> 
     return None
 
 
-def _target(name: str) -> Target:
-    targets: tuple[Target, ...] = importlib.import_module(f"{_DISKS}.rows").ROWS
+def _target(review: Review, name: str) -> Target:
+    targets: tuple[Target, ...] = importlib.import_module(review.fuzzers[0]).ROWS
     return next(target for target in targets if target.name == name)

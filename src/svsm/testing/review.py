@@ -7,7 +7,8 @@ is in is found in the source, so a table cannot name a place that has moved. `wi
 check, for as long as a block lasts; `notices` runs a row's attacks against that: a check whose removal nobody notices
 is not tested. `markdown` writes the page, which a test keeps current.
 
-The two reviews are `svsm.testing.hostile.review_rows` (virtio) and `svsm.testing.nvme_review_rows`; what the fuzzers
+The reviews are `svsm.testing.hostile.review_rows` (virtio), `svsm.testing.nvme_review_rows` and
+`svsm.testing.channel_review_rows`; what the fuzzers
 found, and how fast, is in ``fuzz/review.json``, written by ``svsm fuzz review``.
 """
 
@@ -86,6 +87,7 @@ class Review:
         attacks: The module of the cases.
         cases: Those of that module whose names are given.
         targets: The fuzz target by module; "" for every other one.
+        fuzzers: The module that has those, and what it is made of that must be imported again as well.
     """
 
     name: str
@@ -97,6 +99,7 @@ class Review:
     attacks: str
     cases: Callable[[ModuleType, Sequence[str]], Iterable[Case]]
     targets: Mapping[str, str]
+    fuzzers: tuple[str, ...] = ("svsm.fuzz.disks.rows", "svsm.fuzz.disks")
 
     def target_of(self, row: Row) -> str:
         """The fuzz target that must find the removal of this row's check; "" where there is nothing to find."""

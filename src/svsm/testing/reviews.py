@@ -11,13 +11,14 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from svsm.testing.channel_review import REVIEW as CHANNELS
 from svsm.testing.hostile.review import REVIEW as VIRTIO
 from svsm.testing.nvme_review import REVIEW as NVME
 from svsm.testing.review import Found, Review, markdown
 
 __all__ = ["FOUND", "REVIEWS", "page", "read_found", "write_found"]
 
-REVIEWS: Final[tuple[Review, ...]] = (VIRTIO, NVME)
+REVIEWS: Final[tuple[Review, ...]] = (VIRTIO, NVME, CHANNELS)
 FOUND: Final = Path("fuzz/review.json")
 """Below the repository's root."""
 

@@ -53,7 +53,7 @@ class LyingController(NvmeModel):
         heard: Callable[[bool, int, int], None],
         pair_of: Callable[[int], QueuePair],
     ) -> None:
-        super().__init__(view, content, clock, block_shift=block_shift)  # type: ignore[arg-type]
+        super().__init__(view, content, clock, block_shift=block_shift)  # type: ignore[arg-type]  # this clock has what the model asks of its own
         self.debt = Debt()
         self.register_lies: dict[int, Callable[[int, int], int]] = {}
         self.shown: dict[int, bytes] = {}

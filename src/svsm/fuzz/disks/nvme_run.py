@@ -38,6 +38,14 @@ def _ones(_count: int, _honest: int) -> int:
     return 0xFFFF_FFFF
 
 
+class _Known(NvmeDisk):
+    """A driver that the lies know while it starts."""
+
+    def __init__(self, run: NvmeRun) -> None:
+        run.driver = self
+        super().__init__(run.model, run.dma, policy=_POLICY, clock=run.clock, pause=run.clock.pause)
+
+
 class NvmeRun(DiskRun):
     """One program against the NVMe driver.
 
@@ -69,10 +77,9 @@ class NvmeRun(DiskRun):
         if form & 0x1C == 0x08:
             self.model.pages[1][520] = bytes(2)  # no optional command
         self.model.pages[0][132] = b"\0\0\x09\0" * 15  # formats that it does not have
-        self._dma = (FlickerMemory if self.flickers else DmaMemory)(view, address=GPA)
+        self.dma = (FlickerMemory if self.flickers else DmaMemory)(view, address=GPA)
         self._offer = {structure: dict(fields) for structure, fields in self.model.pages.items()}
         self._size: Size | None = None
-        self.driver = NvmeDisk.__new__(NvmeDisk)  # known to the lies while it starts
 
     def _pair_of(self, queue: int) -> QueuePair:
         return self.driver._pair if queue else self.driver._controller._admin
@@ -84,9 +91,7 @@ class NvmeRun(DiskRun):
         self._up(self._make, self.choices)
 
     def _make(self) -> None:
-        self.driver.__init__(  # type: ignore[misc]
-            self.model, self._dma, policy=_POLICY, clock=self.clock, pause=self.clock.pause
-        )
+        _Known(self)
 
     def restart(self) -> None:
         """A reset."""

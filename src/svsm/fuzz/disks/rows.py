@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Disks that take each of their decisions from the input, virtio and NVMe, and what a vhost-user back-end answers.
+"""Disks that take each of their decisions from the input: virtio over registers and over vhost-user, and NVMe.
 
 The devices, their lies and what is watched are in `svsm.fuzz.disks`. The NVMe
 controller is `svsm.testing.nvme_model`, which fails when the driver hands out an address that is not shared memory.
@@ -13,6 +13,7 @@ from svsm.formats.virtio import BlkConfig
 from svsm.fuzz.choices import Choices
 from svsm.fuzz.disks.nvme_run import NvmeRun
 from svsm.fuzz.disks.pci_run import pci_run
+from svsm.fuzz.disks.vhost_run import VhostRun
 from svsm.fuzz.disks.virtio_run import MmioRun
 from svsm.fuzz.target import Target, expect, judge
 from svsm.storage.drivers.virtio.blk_config import parse_geometry
@@ -58,6 +59,10 @@ def _vhost_user_replies(data: bytes) -> None:
     expect(length in (0, 8), "an answer has the length that was asked for")
 
 
+def _vhost_user(data: bytes) -> None:
+    VhostRun(data).run()
+
+
 def _nvme(data: bytes) -> None:
     NvmeRun(data).run()
 
@@ -100,6 +105,17 @@ ROWS = (
         "a virtio disk that lies: registers and packed rings",
         _mmio_packed,
         lambda: _RING_SEEDS,
+        max_bytes=128,
+    ),
+    Target(
+        "vhost-user",
+        "a vhost-user back-end that lies: messages and both rings",
+        _vhost_user,
+        lambda: [
+            *_RING_SEEDS,
+            bytes([0xC4, 0, 3, 3, 3, 1, 0, 0, 0, 0]),
+            bytes([0x40, 0, 0, *(3, 3, 0, 3, 2, 0, 0, 0)]),
+        ],
         max_bytes=128,
     ),
     Target(

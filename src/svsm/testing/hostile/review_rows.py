@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Final
 
 from svsm.testing.hostile.review_config_rows import CONFIGURATION_ROWS
+from svsm.testing.hostile.review_message_rows import MESSAGE_ROWS
 from svsm.testing.review import Row
 
 __all__ = ["ROWS"]
@@ -428,6 +429,7 @@ ROWS: Final[tuple[Row, ...]] = (
         ("the configuration's generation never stands still",),
     ),
     *CONFIGURATION_ROWS,
+    *MESSAGE_ROWS,
     Row(
         _TIME,
         "no completion",
