@@ -198,6 +198,7 @@ def _open(arguments: argparse.Namespace, device: BlockDevice, *, read_only: bool
         found.append(journal)
         return Decision.YES
 
+    size_bytes: int | None = getattr(arguments, "expect_size", None)
     layout_bytes: bytes | None = getattr(arguments, "expect_layout", None)
     volume = Volume.open(
         device,
@@ -208,6 +209,8 @@ def _open(arguments: argparse.Namespace, device: BlockDevice, *, read_only: bool
         expected=Expected(
             layout=None if layout_bytes is None else ImageLayout.parse(layout_bytes),
             salt=getattr(arguments, "expect_salt", None),
+            min_size_bytes=size_bytes or 0,
+            max_size_bytes=size_bytes,
         ),
         allow_weak=arguments.allow_weak,
     )

@@ -109,7 +109,7 @@ def _provision(arguments: argparse.Namespace) -> int:
     }
     text = [
         f"announced on {arguments.image}: {size} bytes, salt {salt.hex()}",
-        "Nothing of this is authenticated: whoever uses it first should say --expect-salt and --expect-layout.",
+        "Nothing of this is authenticated: whoever uses it first should say --expect-salt, -size and -layout.",
     ]
     access.emit(members, text, as_json=arguments.json)
     return 0

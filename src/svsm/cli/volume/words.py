@@ -135,6 +135,7 @@ def add_first_use(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--expect-salt", type=hexadecimal, metavar="HEX", help="refuse a volume with another salt; see info"
     )
+    parser.add_argument("--expect-size", type=size, metavar="SIZE", help="refuse a volume of another size; see info")
     parser.add_argument(
         "--expect-layout", type=hexadecimal, metavar="HEX", help="refuse a volume of another configuration; see info"
     )

@@ -115,11 +115,13 @@ def test_provision_and_first_use(bench: Bench) -> None:
     bench.refused("write @new 16 @raw --key-file @key", "cocoonfs-creation-info")
     line = "write @new 16 @raw --key-file @key --first-use"
     bench.refused(f"{line} --expect-salt aabbcc", "cocoonfs-unexpected", code=3)
+    for wrong in ("0", "65535", "128KiB"):
+        bench.refused(f"{line} --expect-size {wrong}", "cocoonfs-unexpected", code=3)
     other = layout_of("sm3").pack().hex()
     bench.refused(f"{line} --expect-layout {other}", "cocoonfs-unexpected", code=3)
     bench.refused(f"{line} --expect-layout 00", "record-length")
     assert bench.json("info @new")["state"] == "announced"
-    bench.run(f"{line} --expect-salt aabb --expect-layout {said['layout']}")
+    bench.run(f"{line} --expect-salt aabb --expect-size 64KiB --expect-layout {said['layout']}")
     assert bench.files("new") == {16: (0, 32)}
 
 
