@@ -78,7 +78,9 @@ def key(arguments: argparse.Namespace, *, new: bool = False) -> bytes | None:
     try:
         data = _all_of(descriptor) if path is None else _beginning(path)
     except OSError as error:
-        raise PolicyError(f"cannot read the key: {error.strerror}", code="volume-key-file") from error
+        raise PolicyError(
+            f"cannot read the key: {error.strerror}", code="volume-key-file", source=path or f"descriptor {descriptor}"
+        ) from error
     if not data or len(data) > _MAX_KEY_BYTES:
         raise PolicyError("the key is empty or too long", code="volume-key-file", got=len(data))
     digits = data.strip()
@@ -160,7 +162,7 @@ def disk(image: str, *, writable: bool = False, ignore_block_size: bool = False)
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         descriptor = os.open(image, flags)
     except OSError as error:
-        raise BackendError(f"cannot open the image: {error.strerror}", code="volume-image") from error
+        raise BackendError(f"cannot open the image: {error.strerror}", code="volume-image", path=image) from error
     if writable:
         return device_of_file(descriptor, ignore_block_size=ignore_block_size)
     # The smallest block there is: a reader need not care what the medium writes at once.
@@ -290,7 +292,7 @@ def contents(source: str, *, limit_bytes: int) -> bytes:
         with opened_input(source) as file:
             data = file.read(limit_bytes + 1)
     except OSError as error:
-        raise BackendError(f"cannot read the input: {error.strerror}", code="volume-input") from error
+        raise BackendError(f"cannot read the input: {error.strerror}", code="volume-input", path=source) from error
     if len(data) > limit_bytes:
         raise StateError(
             "the input is larger than the volume", code="cocoonfs-full", hint="nothing was changed", limit=limit_bytes
@@ -344,7 +346,10 @@ def output(path: str | None, *, force: bool, image: str) -> Iterator[BinaryIO]:
                 raise
     except OSError as error:
         raise BackendError(
-            f"cannot write the output: {error.strerror}", code="volume-output", hint="--force overwrites"
+            f"cannot write the output: {error.strerror}",
+            code="volume-output",
+            hint="--force overwrites" if isinstance(error, FileExistsError) else None,
+            path=path,
         ) from error
 
 
