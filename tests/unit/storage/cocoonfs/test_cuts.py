@@ -15,7 +15,7 @@ import pytest
 from svsm.testing.powercut import Mark
 from tests.unit.storage.cocoonfs import workloads
 from tests.unit.storage.cocoonfs.cuts import Judgements, cases, enumerate_cuts
-from tests.unit.storage.cocoonfs.workloads import CONFIGURATIONS
+from tests.unit.storage.cocoonfs.recorder import CONFIGURATIONS
 
 # At least so many cases: in the quick run, with trims on blocks of 512 bytes; in the long one, in all configurations.
 PROMISED: dict[str, tuple[int, int]] = {

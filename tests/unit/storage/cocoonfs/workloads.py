@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import uuid
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from svsm.formats.errors import FormatError, SvsmError
 from svsm.storage.cocoonfs import (
@@ -15,7 +15,6 @@ from svsm.storage.cocoonfs import (
     CreationInfo,
     Decision,
     FoundJournal,
-    ImageLayout,
     Probe,
     Volume,
     probe,
@@ -26,117 +25,20 @@ from svsm.storage.cocoonfs.check import Severity, check
 from svsm.storage.cocoonfs.creation import backup_offset
 from svsm.storage.cocoonfs.group import CommitGroup
 from svsm.storage.cocoonfs.headers import find_header
-from svsm.storage.cocoonfs.layout import CREATION_MAGIC, DEFAULT_LAYOUT
+from svsm.storage.cocoonfs.layout import CREATION_MAGIC
 from svsm.storage.cocoonfs.offline import read_aux, write_aux
-from svsm.storage.cocoonfs.presets import layout_of
 from svsm.storage.cocoonfs.repair import repair
 from svsm.storage.drivers.memory import MemoryDevice
 from svsm.testing.powercut import PowerCutDisk
-from tests.unit.storage.cocoonfs.cuts import Judge, Outcome, WatchedDevice, Workload
+from tests.unit.storage.cocoonfs.cuts import Outcome, WatchedDevice, Workload
 from tests.unit.storage.cocoonfs.faulty import commit_with_a_fault, leak
+from tests.unit.storage.cocoonfs.recorder import KEY, Configuration, Recorder, content, fixed_random, judge, state_of
 
-__all__ = ["CONFIGURATIONS", "KEY", "WORKLOADS", "Configuration"]
+__all__ = ["WORKLOADS"]
 
-KEY = b"cuts"
 A, B = (uuid.UUID(int=n << 96 | 7) for n in (1, 2))
 AUX = AuxMetadata(reserve_bytes=200).add(A, b"where the broker is")
 Files = dict[int, bytes | None]
-
-
-def content(seed: str, length: int) -> bytes:
-    """Bytes that only this seed gives."""
-    return hashlib.shake_128(seed.encode()).digest(length)
-
-
-def fixed_random(seed: str = "random") -> Callable[[int], bytes]:
-    """A source that gives the same bytes in the same order each time."""
-    counter = 0
-
-    def draw(length: int) -> bytes:
-        nonlocal counter
-        counter += 1
-        return content(f"{seed} {counter}", length)
-
-    return draw
-
-
-@dataclass(frozen=True, slots=True)
-class Configuration:
-    """A layout, the device's block size, the device's size, whether trims are on."""
-
-    name: str
-    layout: ImageLayout
-    block_size: int
-    size: int
-    trim: bool
-
-
-CONFIGURATIONS = (
-    Configuration("blocks of 512 bytes", DEFAULT_LAYOUT, 512, 24 << 10, trim=False),
-    Configuration("blocks of 512 bytes, trims", DEFAULT_LAYOUT, 512, 24 << 10, trim=True),
-    Configuration("blocks of 128 bytes, trims", DEFAULT_LAYOUT, 128, 24 << 10, trim=True),
-    Configuration(
-        "sha3, IO block 1024 on blocks of 256 bytes",
-        layout_of("sha3", "aes", 128, io_block_bytes=1024, data_block_bytes=512),
-        256,
-        48 << 10,
-        trim=True,
-    ),
-)
-
-
-def _state(volume: Volume) -> Outcome:
-    files = [(info.inode, info.flags, volume.read(info.inode)) for info in volume.list()]
-    digest = hashlib.sha256(repr((files, volume.aux.pack(), volume.root_digest)).encode())
-    return (volume.counter, digest.hexdigest()[:16])
-
-
-def _judge(device: WatchedDevice) -> Outcome:
-    """The state that opening finds; opening again must find the same, and write nothing more."""
-    try:
-        found = _state(Volume.open(device, KEY))
-        if device.is_changed:
-            settled = bytes(device.data)
-            if _state(Volume.open(device, KEY)) != found or bytes(device.data) != settled:
-                return "not settled by the first opening"
-    except SvsmError as error:
-        return error.code
-    return found
-
-
-class Recorder:
-    """A disk that records, and the outcomes that are allowed while it does."""
-
-    def __init__(self, configuration: Configuration, initial: bytes) -> None:
-        self.configuration = configuration
-        self.initial = initial
-        self.disk = PowerCutDisk(initial, block_size=configuration.block_size)
-        self.allowed: dict[str, frozenset[Outcome]] = {}
-        self._labels: list[str] = []
-
-    def phase(self, label: str) -> None:
-        """From here on, what `allow` says for this label is allowed."""
-        self.disk.mark(label)
-        self._labels.append(label)
-
-    def allow(self, *outcomes: Outcome) -> None:
-        """For the label of the last phase."""
-        self.allowed[self._labels[-1]] = frozenset(outcomes)
-
-    def open(self, decide: Callable[[FoundJournal], Decision] | None = None) -> Volume:
-        """The volume on the disk."""
-        return Volume.open(
-            self.disk,
-            KEY,
-            random=fixed_random(),
-            trim=self.configuration.trim,
-            decide=decide or (lambda _found: Decision.YES),
-        )
-
-    def workload(self, name: str, judge: Judge = _judge) -> Workload:
-        """What was recorded."""
-        name = f"{name} ({self.configuration.name})"
-        return Workload(name, self.initial, self.disk.events, self.configuration.block_size, self.allowed, judge)
 
 
 def _device(configuration: Configuration, data: bytes | bytearray | int) -> MemoryDevice:
@@ -160,11 +62,11 @@ def _commits(
     """One commit each; while it runs the state before and after it, behind it only the latter."""
     recorder = Recorder(configuration, initial or _base(configuration))
     volume = recorder.open()
-    old = _state(volume)
+    old = state_of(volume)
     for number, step in enumerate(steps):
         recorder.phase(f"started {number}")
         step(volume)
-        new = _state(volume)
+        new = state_of(volume)
         recorder.allow(old, new)
         recorder.phase(f"acknowledged {number}")
         recorder.allow(new)
@@ -316,21 +218,21 @@ def decided_no(configuration: Configuration) -> Workload:
     """A commit that is taken back, and one after it."""
     recorder = Recorder(configuration, _base(configuration))
     volume = recorder.open(_ledger(Decision.NO, Decision.YES))
-    old = _state(volume)
+    old = state_of(volume)
     transaction = volume.transaction()
     transaction.write(16, content("refused", 900))
     recorder.phase("asked")
     prepared = transaction.prepare()
-    refused = _judge(WatchedDevice(recorder.disk.content, configuration.block_size))
+    refused = judge(WatchedDevice(recorder.disk.content, configuration.block_size))
     assert prepared.decide(volume.decide) is Decision.NO
     recorder.allow(old, refused)
     recorder.phase("refused")
     recorder.allow(old)
     recorder.phase("started")
     _change({16: content("taken", 1000), 18: None})(volume)
-    recorder.allow(old, _state(volume))
+    recorder.allow(old, state_of(volume))
     recorder.phase("acknowledged")
-    recorder.allow(_state(volume))
+    recorder.allow(state_of(volume))
     return recorder.workload("decided with no, then another commit")
 
 
@@ -338,19 +240,19 @@ def decided_later(configuration: Configuration) -> Workload:
     """A commit that waits, is decided, and one after it."""
     recorder = Recorder(configuration, _base(configuration))
     volume = recorder.open(_ledger(Decision.UNKNOWN, Decision.YES, Decision.YES))
-    old = _state(volume)
+    old = state_of(volume)
     recorder.phase("started")
     with contextlib.suppress(SvsmError):
         _change({16: content("waits", 900), 18: None})(volume)
     assert volume.pending is not None
-    new = _judge(WatchedDevice(recorder.disk.content, configuration.block_size))
+    new = judge(WatchedDevice(recorder.disk.content, configuration.block_size))
     recorder.allow(old, new)
     recorder.phase("prepared")
     assert volume.decide_again() is Decision.YES
     recorder.allow(new)
     recorder.phase("next")
     _change({17: content("next", 600)})(volume)
-    recorder.allow(new, _state(volume))
+    recorder.allow(new, state_of(volume))
     return recorder.workload("decided later, then another commit")
 
 
@@ -358,7 +260,7 @@ def _pending(configuration: Configuration) -> tuple[bytes, Outcome, Outcome]:
     """A disk with a pending commit, and the states before and after it."""
     device = _device(configuration, _base(configuration))
     volume = Volume.open(device, KEY, random=fixed_random("pending"), trim=configuration.trim)
-    old = _state(volume)
+    old = state_of(volume)
     transaction = volume.transaction()
     transaction.write(16, content("pending", 1700))
     transaction.write(30, content("thirty", 500))
@@ -366,7 +268,7 @@ def _pending(configuration: Configuration) -> tuple[bytes, Outcome, Outcome]:
     prepared = transaction.prepare()
     pending = bytes(device.data)
     prepared.apply()
-    return pending, old, _state(volume)
+    return pending, old, state_of(volume)
 
 
 def replay_at_open(configuration: Configuration) -> Workload:
@@ -378,7 +280,7 @@ def replay_at_open(configuration: Configuration) -> Workload:
     volume = recorder.open()
     recorder.phase("next")
     _change({17: content("next", 600), 31: content("thirty-one", 900)})(volume)
-    recorder.allow(new, _state(volume))
+    recorder.allow(new, state_of(volume))
     return recorder.workload("replay at open, then a commit")
 
 
@@ -391,7 +293,7 @@ def taken_back_at_open(configuration: Configuration) -> Workload:
     volume = recorder.open(_ledger(Decision.NO, Decision.YES))
     recorder.phase("next")
     _change({17: content("next", 600), 31: content("thirty-one", 900)})(volume)
-    recorder.allow(old, _state(volume))
+    recorder.allow(old, state_of(volume))
     return recorder.workload("taken back at open, then a commit")
 
 
