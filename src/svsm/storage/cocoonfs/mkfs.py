@@ -44,7 +44,10 @@ from svsm.storage.cocoonfs.layout import (
 from svsm.storage.cocoonfs.primitives import KEYSTREAM_SEED_BYTES, keystream
 from svsm.storage.cocoonfs.tree import DataDigester, image_context, root_digest
 
-__all__ = ["FormatPlan", "plan_format"]
+__all__ = ["MAX_FORMAT_AB", "FormatPlan", "plan_format"]
+
+MAX_FORMAT_AB = 1 << 27
+"""Allocation blocks of the largest volume that is made here: making one needs a few bytes of memory for each."""
 
 _CHUNK_BYTES = 1 << 20
 _SPAN_BLOCKS = 64
@@ -332,6 +335,15 @@ def plan_format(
         random: Source of IVs, the update counter's start, and the fill.
 
     Raises:
-        FormatError: ``cocoonfs-too-small``, ``cocoonfs-format``.
+        FormatError: ``cocoonfs-too-small``, ``cocoonfs-too-large``, ``cocoonfs-format``.
     """
-    return FormatPlan(volume, size_bytes // volume.layout.ab_bytes, metadata, random)
+    wanted_ab = size_bytes // volume.layout.ab_bytes
+    if wanted_ab > MAX_FORMAT_AB:
+        raise FormatError(
+            "the volume would have more allocation blocks than can be laid out in memory",
+            code="cocoonfs-too-large",
+            hint="use larger allocation blocks, or a smaller part of the disk",
+            expected=MAX_FORMAT_AB,
+            got=wanted_ab,
+        )
+    return FormatPlan(volume, wanted_ab, metadata, random)

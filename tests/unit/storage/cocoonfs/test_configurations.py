@@ -7,10 +7,12 @@ import hashlib
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from svsm.abi.block import Extent
 from svsm.formats.errors import FormatError
 from svsm.storage.cocoonfs import DEFAULT_LAYOUT, AuxMetadata, Volume
 from svsm.storage.cocoonfs.presets import layout_of
@@ -120,6 +122,24 @@ def test_smallest_images() -> None:
         with pytest.raises(FormatError) as caught:
             Volume.create(MemoryDevice(size - 128, block_size_bytes=128), KEY, salt=b"", layout=layout, aux=aux)
         assert caught.value.code == "cocoonfs-too-small"
+
+
+class _Huge(MemoryDevice):
+    """Says that it is larger than any volume that can be laid out, and is written to by nobody."""
+
+    @property
+    def size_bytes(self) -> int:
+        return 1 << 70
+
+    def write(self, extents: Sequence[Extent]) -> None:
+        raise AssertionError
+
+
+def test_a_disk_without_end_is_refused_before_memory_is_taken() -> None:
+    for size in (None, (1 << 34) + 128):
+        with pytest.raises(FormatError) as caught:
+            Volume.create(_Huge(4096), KEY, salt=b"", size_bytes=size)
+        assert caught.value.code == "cocoonfs-too-large"
 
 
 _LARGE = """
