@@ -131,9 +131,7 @@ class EventKind(enum.IntEnum):
 
     CONNECTION = 1
     COMMAND = 2
-    RESET = 3
-    """The guest that this service belongs to was reset."""
-    STOP = 4
+    STOP = 3
     """Finish in order: the kernel closes the socket soon."""
 
 

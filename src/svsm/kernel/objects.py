@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from svsm.abi.syscall import Event, EventKind
+from svsm.abi.syscall import Event
 from svsm.formats.errors import SvsmError
 
 __all__ = [
@@ -106,11 +106,6 @@ class EventQueue:
             return False
         self._queue.append(entry)
         return True
-
-    @property
-    def ends_with_reset(self) -> bool:
-        """Whether the last event that nobody has taken yet is a reset: a second one would change nothing."""
-        return bool(self._queue) and self._queue[-1].event.kind is EventKind.RESET
 
     def wait(self, waiter: Callable[[QueuedEvent], None]) -> bool:
         """Have the next event delivered to `waiter`; False when somebody waits already."""

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """The kernel's side of one TPM: its process, its clients or its guest's commands, its death and replacement.
 
-A TPM whose process died is started again, but in a mode in which it answers TPM_RC_FAILURE to everything until its
-guest resets (or the socket front's CMD_INIT says so): PCRs must not start anew under a running guest. Only a process
-that died before it ever served may be replaced by one that starts normally. A service that keeps dying is started
-ever more slowly.
+A TPM whose process died is started again, but in a mode in which it answers TPM_RC_FAILURE to everything: PCRs must
+not start anew under a running guest. That ends with the machine, which is when the guest of the SVSM front resets, or
+with the socket front's CMD_INIT. Only a process that died before it ever served may be replaced by one that starts
+normally. A service that keeps dying is started ever more slowly.
 
 Until `release` nothing reaches the TPM: on a volume's first boot no answer may leave before the broker has
 acknowledged the format. What comes before waits, bounded.
@@ -204,16 +204,6 @@ class TpmService:
         except SvsmError:
             self._loop.call_soon(lambda: done(None))
 
-    def guest_reset(self) -> None:
-        """The guest that this TPM belongs to was reset: the TPM's power cycle. Front ``svsm`` only.
-
-        Raises:
-            StateError: ``tpm-front``: the socket front learns it from CMD_INIT.
-        """
-        if self.front != "svsm":
-            raise StateError("this TPM is behind a socket", code="tpm-front")
-        self._push(QueuedEvent(Event(EventKind.RESET)))
-
     def stop(self, done: Callable[[], None]) -> None:
         """End in order (TPM2_Shutdown, then the process); `done` is called once, at the latest after 5 s."""
         self._stopping = done
@@ -229,13 +219,8 @@ class TpmService:
     def _push(self, entry: QueuedEvent) -> None:
         """Hand over what is for the service, or keep it until the service is ready and may answer."""
         if self._ready and self._released:
-            if entry.event.kind is EventKind.RESET and self._events.ends_with_reset:
-                return
             if not self._events.push(entry):
                 self._refuse(entry)
-            return
-        last = self._waiting[-1].event.kind if self._waiting else None
-        if entry.event.kind is EventKind.RESET and last is EventKind.RESET:
             return
         if len(self._waiting) < MAX_QUEUED_EVENTS:
             self._waiting.append(entry)
@@ -305,11 +290,8 @@ class TpmService:
         self._ready = False
         if self._start_timer is not None:
             self._start_timer.cancel()
-        left = self._events.drain()
-        for entry in left:
-            if entry.event.kind is not EventKind.RESET:
-                self._refuse(entry)
-        self._waiting = [entry for entry in left if entry.event.kind is EventKind.RESET] + self._waiting
+        for entry in self._events.drain():
+            self._refuse(entry)
         queued = {entry.event.command_id for entry in self._waiting}
         for command_id in [known for known in self._commands if known not in queued]:
             self._complete(command_id, failure_response())

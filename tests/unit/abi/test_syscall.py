@@ -26,7 +26,7 @@ EVENTS = [
     Event(EventKind.CONNECTION, endpoint=Endpoint.CONTROL, transport=Transport.TCP, handle=7),
     Event(EventKind.COMMAND, command_id=9, locality=3, command=b"\x80\x01"),
     Event(EventKind.COMMAND, command_id=0xFFFFFFFF),
-    Event(EventKind.RESET),
+    Event(EventKind.STOP),
     Event(EventKind.STOP),
 ]
 

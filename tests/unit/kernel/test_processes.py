@@ -184,17 +184,17 @@ def test_events_are_queued_waited_for_and_answered(service: Service) -> None:
     assert service.replies() == []
     assert service.ask(Call.WAIT, syscall.encode_handle(handle)).status is Status.BUSY
     assert service.events.push(QueuedEvent(Event(EventKind.COMMAND, command_id=5, command=b"cmd")))
-    assert service.events.push(QueuedEvent(Event(EventKind.RESET)))
+    assert service.events.push(QueuedEvent(Event(EventKind.STOP)))
     (reply,) = service.replies()
     assert reply.id == waiting
     assert Event.parse(reply.body).command == b"cmd"
-    assert Event.parse(service.ask(Call.WAIT, syscall.encode_handle(handle)).body).kind is EventKind.RESET
+    assert Event.parse(service.ask(Call.WAIT, syscall.encode_handle(handle)).body).kind is EventKind.STOP
     service.ask(Call.ANSWER, syscall.encode_answer(handle, 5, b"rsp"))
     assert service.answers == [(5, b"rsp")]
 
 
 def test_the_queue_is_bounded(service: Service) -> None:
-    pushed = sum(service.events.push(QueuedEvent(Event(EventKind.RESET))) for _ in range(1000))
+    pushed = sum(service.events.push(QueuedEvent(Event(EventKind.STOP))) for _ in range(1000))
     assert pushed == MAX_QUEUED_EVENTS
 
 

@@ -14,7 +14,6 @@ from svsm.abi.syscall import Call, Endpoint, Event, EventKind, FrameReader, Repl
 from svsm.formats import tpm
 from svsm.formats.errors import BackendError, PolicyError, ProtocolError, StateError
 from svsm.kernel.events import EventLoop
-from svsm.kernel.objects import MAX_QUEUED_EVENTS
 from svsm.kernel.processes import ProcessTable
 from svsm.kernel.tpm import MAX_TPM_CLIENTS, TpmService, tpm_state_inode
 from svsm.testing.file_store import MemoryFileStore
@@ -188,34 +187,15 @@ def test_commands_are_bounded_and_checked(seat: Seat) -> None:
     assert done == [None]
 
 
-def test_a_flood_of_resets_is_one_reset_and_none_is_lost(seat: Seat) -> None:
-    for _ in range(1000):
-        seat.tpm.guest_reset()
-    seat.announce()
-    handle = seat.open("events")
-    for _ in range(1000):
-        seat.tpm.guest_reset()
-    kinds = []
-    while (event := seat.next_event(handle)) is not None:
-        kinds.append(event.kind)
-        assert len(kinds) < MAX_QUEUED_EVENTS
-    assert kinds == [EventKind.RESET]
-
-
-def test_a_reset_that_the_dead_service_had_not_taken_reaches_the_next_one(seat: Seat) -> None:
+def test_after_a_death_what_was_owed_fails_and_the_next_service_starts_as_failed(seat: Seat) -> None:
     seat.announce()
     answers: list[bytes] = []
     seat.tpm.execute(COMMAND, answers.append)
-    seat.tpm.guest_reset()
     seat.services[0].close()
     seat.turn()
     assert answers == [tpm.failure_response()]
     seat.later(1)
     assert seat.parameters[1]["start"] == "failed"
-    seat.announce()
-    event = seat.next_event(seat.open("events"))
-    assert event is not None
-    assert event.kind is EventKind.RESET
 
 
 def test_a_service_that_never_answers_or_never_starts_is_ended(seat: Seat) -> None:
@@ -262,8 +242,6 @@ def test_fronts_exclude_each_other() -> None:
     seat = Seat("socket")
     with pytest.raises(StateError):
         seat.tpm.execute(COMMAND, lambda _: None)
-    with pytest.raises(StateError):
-        seat.tpm.guest_reset()
     assert not seat.tpm.powered_on()
     seat.close()
     guest = Seat("svsm")

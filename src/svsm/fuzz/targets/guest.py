@@ -366,7 +366,7 @@ def _service_step(choices: Choices, kernel: _Kernel) -> None:
 
 
 def _happen(choices: Choices, kernel: _Kernel) -> None:
-    """Something happens to the service: a command, a client, a reset."""
+    """Something happens to the service: a command, a client, the end."""
     kind = choices.below(4)
     if kind == 3:
         kernel.deaf = choices.flag()
@@ -378,7 +378,7 @@ def _happen(choices: Choices, kernel: _Kernel) -> None:
         if not kernel.events.push(QueuedEvent(Event(EventKind.CONNECTION), ours)):
             ours.close()
     else:
-        kernel.events.push(QueuedEvent(Event(EventKind.RESET)))
+        kernel.events.push(QueuedEvent(Event(EventKind.STOP)))
 
 
 def _received(connection: socket.socket) -> bytes:

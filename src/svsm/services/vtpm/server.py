@@ -133,8 +133,6 @@ class Server:
         elif event.kind is EventKind.COMMAND:
             response = self._tpm.execute(event.command, event.locality)
             self._kernel.call(Call.ANSWER, encode_answer(self._events, event.command_id, response))
-        elif event.kind is EventKind.RESET:
-            self._power(lambda: self._tpm.power_on(startup=False))
         elif event.kind is EventKind.STOP:
             self._stopping = True
 
