@@ -137,7 +137,7 @@ class Record:
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed (`dataclasses.replace`, typed for records)."""
-        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]  # records are dataclasses; only their decorator says so
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -210,7 +210,7 @@ def record(*, size: int, byte_order: Literal["little", "big"]) -> Callable[[type
     def compile_record(cls: type[_R]) -> type[_R]:
         made = dataclasses.dataclass(frozen=True, slots=True)(cls)
         hints = get_type_hints(made, include_extras=True)
-        fields = tuple(_field(made, field.name, hints[field.name]) for field in dataclasses.fields(made))  # type: ignore[arg-type]
+        fields = tuple(_field(made, field.name, hints[field.name]) for field in dataclasses.fields(made))  # type: ignore[arg-type]  # records are dataclasses; only their decorator says so
         layout = struct.Struct(("<" if byte_order == "little" else ">") + "".join(field.code for field in fields))
         if layout.size != size:
             raise TypeError(f"{cls.__name__} has {layout.size} bytes, its specification says {size}")

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import functools
 import json
 import os
 import select
@@ -172,7 +173,7 @@ class Machine:
         if self._vcpu is not None:
             waiting[self._vcpu.fileno()] = self._vcpu.receive
         for number, process in self._services.items():
-            waiting[process.fileno()] = lambda number=number: self._service_ended(number)  # type: ignore[misc]
+            waiting[process.fileno()] = functools.partial(self._service_ended, number)
         poll = select.poll()
         for descriptor in waiting:
             poll.register(descriptor, select.POLLIN)

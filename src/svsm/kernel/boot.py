@@ -13,6 +13,7 @@ The kernel opens nothing: what it uses arrived as named descriptors, or is hande
 
 from __future__ import annotations
 
+import functools
 import socket
 import time
 from collections.abc import Callable
@@ -197,8 +198,8 @@ class Kernel:
                 front="svsm" if wanted.front is TpmFront.SVSM else "socket",
                 store=files,
                 inode=tpm_state_inode(index),
-                log=lambda text, name=wanted.name: self._console.event("log", tpm=name, text=text[:512]),  # type: ignore[misc]
-                on_ready=lambda _ek_name, name=wanted.name: self._console.event("tpm", name=name),  # type: ignore[misc]
+                log=functools.partial(self._tpm_says, wanted.name),
+                on_ready=functools.partial(self._tpm_ready, wanted.name),
             )
             self._tpms.append(tpm)
             tpm.start()
@@ -209,6 +210,12 @@ class Kernel:
             raise self._failure
         if not ready:
             raise BackendError("a TPM does not start", code="boot-tpm", hint="the kernel's log says why")
+
+    def _tpm_says(self, name: str, text: str) -> None:
+        self._console.event("log", tpm=name, text=text[:512])
+
+    def _tpm_ready(self, name: str, _ek_name: bytes | None) -> None:
+        self._console.event("tpm", name=name)
 
     def _report_birth(self, line: FramedChannel, release: Release, birth: Birth, volume: Volume) -> None:
         if release.runtime is None:

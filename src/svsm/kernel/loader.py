@@ -182,15 +182,18 @@ class PayloadFinder:
         below = "code/" + name.replace(".", "/")
         for member, package in ((f"{below}/__init__.pyc", True), (f"{below}.pyc", False)):
             if member in self.archive.members:
-                spec = ModuleSpec(name, self, origin=f"payload:{member}", is_package=package)  # type: ignore[arg-type]
+                spec = self._spec(name, f"payload:{member}", is_package=package)
                 spec.has_location = True
                 spec.loader_state = member
                 return spec
         if name in self.objects:
-            return ModuleSpec(name, self, origin=f"payload:{self.objects[name]}")  # type: ignore[arg-type]
+            return self._spec(name, f"payload:{self.objects[name]}")
         if name in self.uses:
-            return ModuleSpec(name, self, origin=f"{self.standard}/{self.extensions[name]}")  # type: ignore[arg-type]
+            return self._spec(name, f"{self.standard}/{self.extensions[name]}")
         return None
+
+    def _spec(self, name: str, origin: str, *, is_package: bool = False) -> ModuleSpec:
+        return ModuleSpec(name, self, origin=origin, is_package=is_package)  # type: ignore[arg-type]  # no importlib.abc
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         if spec.loader_state is not None:
@@ -201,7 +204,7 @@ class PayloadFinder:
             descriptor = self.archive.memfd(self.objects[spec.name])
             self.held.append(descriptor)
             place = f"/proc/self/fd/{descriptor}"
-        return _imp.create_dynamic(ModuleSpec(spec.name, self, origin=place))  # type: ignore[arg-type]
+        return _imp.create_dynamic(self._spec(spec.name, place))
 
     def exec_module(self, module: ModuleType) -> None:
         spec = module.__spec__

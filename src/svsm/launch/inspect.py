@@ -138,7 +138,7 @@ def _fields(header: Header) -> Description:
 
 
 def _flatten(body: Record, prefix: str = "") -> Iterator[tuple[str, object]]:
-    for field in dataclasses.fields(body):  # type: ignore[arg-type]
+    for field in dataclasses.fields(body):  # type: ignore[arg-type]  # records are dataclasses; only their decorator says so
         value = getattr(body, field.name)
         if isinstance(value, Record):
             yield from _flatten(value, f"{prefix}{field.name}.")

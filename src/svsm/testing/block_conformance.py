@@ -220,15 +220,14 @@ def refuses_what_cannot_be(subject: Subject) -> None:
         ("nothing, behind the end", SIZE_BYTES + block, 0, "block-range"),
         ("nothing, at half a block", block // 2, 0, "block-alignment"),
     ):
-        _refused(what, (code,), lambda offset=offset, length=length: device.read([(0, block), (offset, length)]))  # type: ignore[misc]
-        _refused(what, (code,), lambda offset=offset, length=length: device.discard([(0, block), (offset, length)]))  # type: ignore[misc]
-        _refused(what, (code,), lambda at=offset, length=length: device.write_zeroes([(0, block), (at, length)]))  # type: ignore[misc]
+        for call in (device.read, device.discard, device.write_zeroes):
+            _refused(what, (code,), functools.partial(call, [(0, block), (offset, length)]))
     for what, offset, data, code in (
         ("a write behind the end", SIZE_BYTES, zeros, "block-range"),
         ("a write at half a block", block // 2, zeros, "block-alignment"),
         ("a write of half a block", 0, zeros[: block // 2], "block-alignment"),
     ):
-        _refused(what, (code,), lambda offset=offset, data=data: device.write([(0, zeros), (offset, data)]))  # type: ignore[misc]
+        _refused(what, (code,), functools.partial(device.write, [(0, zeros), (offset, data)]))
     _demand(device.read([(0, block)])[0] == content[:block], "a refused call was done by halves")
     _demand(device.read([(SIZE_BYTES, 0)]) == [b""], "nothing, at the very end, gives something")
     device.close()
@@ -345,10 +344,8 @@ def failures_harm_nothing_else(subject: Subject) -> None:
         new = {"write": b"n" * block, "write_zeroes": bytes(block)}[what]
         offsets = [2 * block, 9 * block, 30 * block]
         calls: dict[str, Callable[[], None]] = {
-            "write": lambda device=device, offsets=offsets, new=new: device.write([(at, new) for at in offsets]),  # type: ignore[misc]
-            "write_zeroes": lambda device=device, offsets=offsets, block=block: device.write_zeroes(  # type: ignore[misc]
-                [(at, block) for at in offsets]
-            ),
+            "write": functools.partial(device.write, [(at, new) for at in offsets]),
+            "write_zeroes": functools.partial(device.write_zeroes, [(at, block) for at in offsets]),
         }
         _refused(f"a {what} that the device fails", ("block-io",), calls[what])
         try:

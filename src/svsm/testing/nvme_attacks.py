@@ -259,7 +259,7 @@ def _nothing_done(model: NvmeModel) -> None:
         calls[0] += 1
         return honest(command) if calls[0] < 40 else 0
 
-    model.run = run  # type: ignore[method-assign]
+    model.run = run  # type: ignore[method-assign]  # the attack
 
 
 def _transfers_fail(model: NvmeModel) -> None:
@@ -315,7 +315,7 @@ def _not_done(model: NvmeModel) -> None:
     def identify(structure: int) -> bytes:
         return real(structure) if structure else _page_before(model)
 
-    model.identify = identify  # type: ignore[method-assign]
+    model.identify = identify  # type: ignore[method-assign]  # the attack
 
 
 def _page_before(model: NvmeModel) -> bytes:

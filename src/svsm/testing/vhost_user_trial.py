@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Any, Final
 
 from svsm.formats.errors import SvsmError
 from svsm.host.devices.virtio_ring import Chain
@@ -143,8 +143,8 @@ class VhostUserTrial(Trial):
         finally:
             shared.close()  # the back-end has a descriptor of its own by now, and both sides their mappings
 
-    def _make(self, *arguments: object) -> HostileBlk:
-        device = HostileBlk(*arguments)  # type: ignore[arg-type]
+    def _make(self, *arguments: Any) -> HostileBlk:
+        device = HostileBlk(*arguments)
         self._devices.append(device)
         if not self._honest:
             self._install(device)

@@ -126,7 +126,7 @@ class IgvmBuilder:
                 if offset == end:
                     end += len(data)
             if not isinstance(body, PageData):
-                placed = dataclasses.replace(body, file_offset=offset) if data else body  # type: ignore[type-var]
+                placed = dataclasses.replace(body, file_offset=offset) if data else body  # type: ignore[type-var]  # records are dataclasses; only their decorator says so
                 headers.append(Header(kind, placed))
             elif headers and _continues(headers[-1], body, offset):
                 headers[-1] = Header(kind, headers[-1].body, headers[-1].count + 1)

@@ -184,7 +184,7 @@ class _Registers(LineRegisters):
     """With interrupts without end, where the device wants them."""
 
     def __init__(self, device: StreamDevice, clock: Clock) -> None:
-        super().__init__(device, clock)  # type: ignore[arg-type]
+        super().__init__(device, clock)  # type: ignore[arg-type]  # this clock has what theirs has
         self._stream = device
 
     def wait_interrupt(self, seconds: float) -> bool:
@@ -219,7 +219,7 @@ class LineRun(abc.ABC):
         self.fault: SvsmError | None = None
         self.speaker = Speaker(self.backend())
         view = memoryview(shared_memory(line_memory_bytes(POLICY, queues=6)))
-        self.device = StreamDevice(self.speaker, Window(view, address=GPA))  # type: ignore[arg-type]
+        self.device = StreamDevice(self.speaker, Window(view, address=GPA))  # type: ignore[arg-type]  # a speaker plays a back-end
         self.device.heard, self.speaker.sent = self.heard, self.sent
         self.memory = DmaMemory(view, address=GPA)
 

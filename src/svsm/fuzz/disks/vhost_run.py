@@ -67,7 +67,7 @@ class VhostRun(VirtioRun):
         self._acknowledges = bool(form & 0x40)
         self._shared, zeros = _memory(self.room_bytes)
         self._shared.dma.bytes[:] = zeros[: self._shared.dma.size_bytes].ljust(self._shared.dma.size_bytes, b"\0")
-        self.memory = self._shared.dma.bytes.obj  # type: ignore[assignment]
+        self.memory = self._shared.dma.bytes.obj  # type: ignore[assignment]  # always a mapping
         self.rules = VhostRules()
         window = Window(self._shared.dma.bytes, address=self._shared.region.guest_address)
         self.disk = Disk(window, self.content, self.lies, self.offer)
@@ -90,14 +90,14 @@ class VhostRun(VirtioRun):
             lies=self._lies,
         )
         transport = VhostUserTransport(
-            self._peer,  # type: ignore[arg-type]
+            self._peer,  # type: ignore[arg-type]  # has what the transport uses of a socket
             self._shared,
             clock=self.clock,
             answer_seconds=DEADLINE,
             queue_entries=self.offer.queue_size,
         )
         transport._poll.close()
-        transport._poll = self._poller = _Poller(self._work)  # type: ignore[assignment]
+        transport._poll = self._poller = _Poller(self._work)  # type: ignore[assignment]  # has what it uses of a poll
         return transport
 
     def _work(self, seconds: float) -> list[tuple[int, int]]:

@@ -12,8 +12,9 @@ from __future__ import annotations
 import functools
 import itertools
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from svsm.abi.block import Extent
 from svsm.formats.errors import SvsmError
 from svsm.fuzz.choices import Choices
 from svsm.fuzz.target import Target, expect, judge
@@ -72,8 +73,8 @@ class _Tape(MemoryDevice):
         super().__init__(content)
         self.states: list[bytes] = []
 
-    def write(self, extents: object) -> None:
-        super().write(extents)  # type: ignore[arg-type]
+    def write(self, extents: Sequence[Extent]) -> None:
+        super().write(extents)
         self.states.append(bytes(self.data))
 
 

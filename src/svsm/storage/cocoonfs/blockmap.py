@@ -209,7 +209,7 @@ class BlockMap:
         if number not in self._owned:
             chunk = self._chunks[number] = bytearray(chunk)
             self._owned.add(number)
-        chunk[low:high] = (b"\1" if state else b"\0") * (high - low)  # type: ignore[index]
+        chunk[low:high] = (b"\1" if state else b"\0") * (high - low)  # type: ignore[index]  # an owned chunk is a bytearray
         self._settle(number)
 
     def _settle(self, number: int) -> None:

@@ -72,6 +72,6 @@ class FileDevice(DescriptorDevice):
 @functools.cache
 def _fallocate() -> Callable[[int, int, int, int], int]:
     """libc's: the standard library has only the one without a mode."""
-    call: Callable[[int, int, int, int], int] = ctypes.CDLL(None, use_errno=True).fallocate
-    call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]  # type: ignore[attr-defined]
+    call = ctypes.CDLL(None, use_errno=True).fallocate
+    call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
     return call

@@ -90,11 +90,11 @@ class HostileBlk(RegisterLies, MmioBlk):
                 self.on_request(chain)
             return chain
 
-        ring.pop = watched  # type: ignore[method-assign]
+        ring.pop = watched  # type: ignore[method-assign]  # looked at for the length of one call
         try:
             return super()._service(ring)
         finally:
-            ring.pop = pop  # type: ignore[method-assign]
+            ring.pop = pop  # type: ignore[method-assign]  # as it was
 
     # ---- what attacks are made of -----------------------------------------------------------------------------------
 

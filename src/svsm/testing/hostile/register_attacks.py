@@ -131,6 +131,10 @@ def _capacity(value: int, width: int = 8) -> Install:
     return lambda device: device.lie_about_config(0, value, width)
 
 
+def _block_bytes(value: int) -> Install:
+    return lambda device: device.lie_about_config(20, value, 4)
+
+
 def _empty(trial: Trial) -> None:
     if trial.driver.size_bytes:
         raise AssertionError("an empty disk has a size")
@@ -201,9 +205,7 @@ attack(
 attack(20, "the disk is larger than it is", IO_ERROR, after=lambda trial: trial.read(1 << 30, 512))(_capacity(1 << 30))
 
 for _size in (0, 1, 256, 513, 3072, 1 << 21, 0x8000_0000, 0xFFFF_FFFF):
-    attack(21, f"blocks of {_size} bytes", refused("virtio-blk-geometry"))(
-        lambda device, size=_size: device.lie_about_config(20, size, 4)  # type: ignore[misc]
-    )
+    attack(21, f"blocks of {_size} bytes", refused("virtio-blk-geometry"))(_block_bytes(_size))
 attack(21, "topology of nonsense", SURVIVED)(lambda device: device.lie_about_config(24, (1 << 64) - 1, 8))
 
 attack(22, "segments of one byte", refused("virtio-blk-geometry"))(lambda device: device.lie_about_config(8, 1, 4))

@@ -155,14 +155,14 @@ class _Observed(HostileBlk):
             push(what, length)
 
         before = self._visible(ring, chain)
-        ring.push = watched  # type: ignore[method-assign,assignment]
+        ring.push = watched  # type: ignore[method-assign,assignment]  # looked at for the length of one call
         try:
             self.on_complete(ring, chain, written)
         except BaseException:
             report.lies += 1
             raise
         finally:
-            ring.push = push  # type: ignore[method-assign]
+            ring.push = push  # type: ignore[method-assign]  # as it was
         honest = pushed == [(chain, written)] and not self.status & DeviceStatus.NEEDS_RESET
         report.lies += not honest or self._visible(ring, chain) != before
 
@@ -232,8 +232,8 @@ def serve(
     report = Report(plan.number, plan.name, ring)
     disk = disk_file(size_bytes, BOOT_SECTOR)
 
-    def make(*arguments: object) -> HostileBlk:
-        device = _Observed(*arguments)  # type: ignore[arg-type]
+    def make(*arguments: Any) -> HostileBlk:
+        device = _Observed(*arguments)
         device.report = report
         plan.install(device)
         return device
