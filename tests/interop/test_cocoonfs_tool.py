@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from svsm.storage.cocoonfs import Volume
+from svsm.storage.cocoonfs.check import check
 from svsm.storage.drivers.memory import MemoryDevice
 from tests.interop.cocoonfs_tool import Tool
 
@@ -97,6 +98,29 @@ def test_many_inodes(tool: Tool) -> None:
             if info.inode not in files:
                 transaction.unlink(info.inode)
     _tool_agrees(tool, device, files)
+
+
+@pytest.mark.long
+def test_thousands_of_inodes(tool: Tool) -> None:
+    """Both sides list the same after 6,000 files were created, and after half of them went."""
+    device, volume = _created(8 << 20)
+    files: dict[int, tuple[int, bytes]] = {}
+    numbers = [16 + n * 7919 % (1 << 24) for n in range(6000)]
+    for start in range(0, len(numbers), 500):
+        _write(volume, files, {inode: _content(inode, inode % 300) for inode in numbers[start : start + 500]})
+    assert len(files) == len(numbers)
+    for gone in ([], numbers[::2]):
+        for start in range(0, len(gone), 500):
+            _write(volume, files, dict.fromkeys(gone[start : start + 500]))
+        report = check(device, KEY)
+        assert (report.opened, report.findings) == (True, [])
+        again = Volume.open(device, KEY)
+        assert [(info.inode, info.flags) for info in again.list()] == [(n, files[n][0]) for n in sorted(files)]
+        assert {inode: again.read(inode) for inode in sorted(files)[::37]} == {
+            n: files[n][1] for n in sorted(files)[::37]
+        }
+        _tool_agrees(tool, device, files)
+    assert not any(inode in volume.inodes() for inode in numbers[::2])
 
 
 @pytest.mark.parametrize("trim", [False, True])
