@@ -19,7 +19,7 @@ import pytest
 
 from svsm.testing.listening import listens
 
-__all__ = ["absent", "await_listener", "in_ci", "peer", "vectors"]
+__all__ = ["absent", "await_listener", "in_ci", "peer", "peer_source", "vectors"]
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -70,6 +70,16 @@ def peer(name: str) -> Path:
     if found is None:
         raise absent(f"the peer program '{name}' is not installed")
     return Path(found)
+
+
+def peer_source(name: str) -> Path | None:
+    """A peer's source that no registry has: in $SVSM_PEER_SOURCES (a folder), else in one beside the checkout.
+
+    What needs it and finds none skips, in CI too (tests/promises.toml, `allowed_in_ci`).
+    """
+    named = os.environ.get("SVSM_PEER_SOURCES")
+    path = (Path(named) if named else _ROOT.parent / "shared" / "peers") / name
+    return path if path.is_file() else None
 
 
 def await_listener(path: Path, process: subprocess.Popen[Any], *, seconds: float = 60.0) -> None:

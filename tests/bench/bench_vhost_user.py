@@ -28,7 +28,8 @@ from pathlib import Path
 from svsm.storage.drivers.virtio.blk import BlkPolicy
 from svsm.storage.drivers.virtio.vhost_user import open_vhost_user
 from svsm.testing.storage_daemon import StorageDaemon
-from tests.bench.report import ROOT, Result, Row, output
+from tests.bench.report import Result, Row, output
+from tests.support import peer_source
 
 __all__ = ["bench"]
 
@@ -66,20 +67,15 @@ _CASES = [
 ]
 
 
-def _source() -> Path:
-    named = os.environ.get("SVSM_PEER_SOURCES")
-    path = (Path(named) if named else ROOT.parent / "shared" / "peers") / "vhost_user_bench.c"
-    if not path.is_file():
-        raise RuntimeError("the C front-end's source is not there (set SVSM_PEER_SOURCES)")
-    return path
-
-
 def _build(folder: Path) -> Path:
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         raise RuntimeError("there is no C compiler")
+    source = peer_source("vhost_user_bench.c")
+    if source is None:
+        raise RuntimeError("the C front-end's source is not there (set SVSM_PEER_SOURCES)")
     program = folder / "front-end"
-    subprocess.run([compiler, "-O2", "-o", str(program), str(_source())], check=True)
+    subprocess.run([compiler, "-O2", "-o", str(program), str(source)], check=True)
     return program
 
 

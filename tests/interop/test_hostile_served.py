@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,11 +21,10 @@ import pytest
 from svsm.testing.hostile.__main__ import main
 from svsm.testing.hostile.served import HONEST, Plan, Report, plans, seeded, serve
 from svsm.testing.hostile.trial import RINGS
-from tests.support import absent, peer
+from tests.support import peer, peer_source
 
 pytestmark = pytest.mark.interop
 
-_BENCH = Path(__file__).resolve().parents[3] / "shared" / "peers" / "vhost_user_bench.c"
 _OURS = (sys.executable, "-m", "svsm.testing.hostile", "front-end", "ours", "{socket}")
 _QEMU = (sys.executable, "-m", "svsm.testing.hostile", "front-end", "qemu", "{socket}", "--seconds", "8")
 
@@ -113,10 +111,11 @@ def test_qemu_lives_through_all_of_them(path: Path) -> None:
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The front-end in C that trusts its back-end."""
-    if not _BENCH.exists() or shutil.which("cc") is None:
-        raise absent("the C front-end cannot be built here")
+    source = peer_source("vhost_user_bench.c")
+    if source is None:
+        pytest.skip("the C front-end's source is not there ($SVSM_PEER_SOURCES)")
     program = tmp_path_factory.mktemp("bench") / "bench"
-    subprocess.run(["cc", "-O2", "-o", str(program), str(_BENCH)], check=True)
+    subprocess.run([str(peer("cc")), "-O2", "-o", str(program), str(source)], check=True)
     return program
 
 
