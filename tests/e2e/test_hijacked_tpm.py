@@ -31,8 +31,8 @@ from svsm.confine.syscalls import NUMBERS
 from svsm.formats import tpm
 from svsm.formats.swtpm import Control
 from svsm.kernel.tpm import tpm_state_inode
-from svsm.storage.cocoonfs.keys import Keys
 from svsm.storage.cocoonfs.headers import read_static_header
+from svsm.storage.cocoonfs.keys import Keys
 from svsm.storage.drivers.memory import MemoryDevice
 from tests.e2e.boot_support import is_alive
 from tests.e2e.hijacked import (
