@@ -355,7 +355,11 @@ def test_a_hijacked_service_does_not_speak_for_the_kernel(system: list[Seen]) ->
         descriptor = os.open(entry, os.O_WRONLY | os.O_NONBLOCK)
         os.write(descriptor, b'{"event":"failed","code":"forged","message":"gone"}\n{"event":"ready","tpms":[]}\n')
         os.close(descriptor)
-    time.sleep(0.5)
+    printed = Path(f"/proc/{system[0].pid}/fd/1")  # the supervisor remarks on it, and does no more
+    deadline = time.monotonic() + 20
+    while '"text": "a service says that it failed: forged"' not in printed.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     assert all(is_alive(seen.pid) for seen in system)
 
 

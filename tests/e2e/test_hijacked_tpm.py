@@ -152,6 +152,14 @@ def others_are_well(system: HijackedSystem, aim: Target) -> None:
     assert len(guest_random(system.state / "run" / "guest.sock")) == 8
 
 
+def gone(pid: int, why: str) -> None:
+    """The kernel ends it, soon."""
+    deadline = time.monotonic() + 20
+    while is_alive(pid):
+        assert time.monotonic() < deadline, why
+        time.sleep(0.01)
+
+
 def refused_calls(aim: Target) -> dict[str, tuple[tuple[int | str | Pointer, ...], int]]:
     """Attempts that are answered with an errno: call and arguments, what must come back."""
     path = (aim.disk.encode() + b"\0").hex()
@@ -322,10 +330,7 @@ def attempt_fatal(system: HijackedSystem, names: list[str]) -> None:
         assert own not in ended
         assert system.call(number, *(aim.kernel if word == -1 else word for word in rest)) is None, name
         ended.add(own)
-        deadline = time.monotonic() + 10
-        while is_alive(own):
-            assert time.monotonic() < deadline, name
-            time.sleep(0.01)
+        gone(own, name)
         others_are_well(system, aim)
         with TpmClient(system.where) as client:  # waits for the successor
             assert client.ask(tpm.get_random(8)) == FAILURE
@@ -365,8 +370,8 @@ def test_descriptors_that_it_sends_to_the_kernel_go_nowhere(as_root: HijackedSys
     control = (16 + 4 * len(sent)).to_bytes(8, "little") + bytes.fromhex("0100000001000000") + bytes(4 * len(sent))
     nothing_of_a_call = Pointer([bytes(16).hex(), 16])
     message = Pointer([0, 0, nothing_of_a_call, 1, control.hex(), len(control), 0])
-    as_root.call(NUMBERS["sendmsg"], int(numbers["syscall"]), message, 0)  # it may be ended for it
-    time.sleep(0.2)
+    as_root.call(NUMBERS["sendmsg"], int(numbers["syscall"]), message, 0)
+    gone(aim.own, "the bytes beside them are no call")
     others_are_well(as_root, aim)
     reset(as_root)
     holds_again({aim.kernel: before})
