@@ -237,6 +237,48 @@ def test_recorded_exchange(scenario: str, tmp_path: Path) -> None:
     _same_requests(requests, their_requests)
 
 
+def _record(scenario: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((vectors("aproxy") / f"{scenario}.json").read_text(encoding="utf-8"))
+    return found
+
+
+@pytest.mark.parametrize("scenario", sorted(_KEEPS_HEADER))
+def test_recorded_headers_were_written_again(scenario: str) -> None:
+    """Of COCONUT's program (docs/UPSTREAM.md): what it forwards does not open what the broker sealed."""
+    record = _record(scenario)
+    sent = json.loads(next(e for e in reversed(record["events"]) if e["from"] == "kbs")["body"])["protected"]
+    forwarded = json.loads(_recorded(record)[0][-1])["decryption"]["aad"]
+    assert base64.b64decode(forwarded).decode() != sent
+    assert record["jwe"]["opens_with_original_protected"]
+    assert not record["jwe"]["opens_with_forwarded_aad"]
+
+
+@pytest.mark.parametrize(
+    ("scenario", "says"),
+    [
+        ("oversized-length-2^62", "memory allocation of 4611686018427387904 bytes failed"),
+        ("oversized-length-2^63", "panicked"),
+        ("negotiation-malformed-json", "Error"),
+        ("kbs-down", "Error"),
+        ("close-at-once", "Error"),
+    ],
+)
+def test_recorded_ends_of_the_process(scenario: str, says: str) -> None:
+    """Of COCONUT's program: one bad connection ends all."""
+    after = _record(scenario)["process_after"]
+    assert not after["still_running"]
+    assert says in after["stderr"]
+
+
+def test_a_recorded_status_did_not_count_and_redirects_were_followed() -> None:
+    """Of COCONUT's program: a 500 with a good body is used; evidence goes where the answer points."""
+    assert "challenge" in json.loads(_recorded(_record("auth-500-valid-body"))[0][0])
+    for scenario in ("attest-redirect-302", "attest-redirect-307"):
+        events = _record(scenario)["events"]
+        asked = [event["path"] for event in events if event["from"] == "proxy" and event["to"] == "kbs"]
+        assert asked[1:3] == ["/kbs/v0/attest", "/kbs/v0/attest?again=1"]
+
+
 def test_several_kernels_at_once_and_a_bad_one_first(tmp_path: Path) -> None:
     record = json.loads((vectors("aproxy") / "success.json").read_text(encoding="utf-8"))
     frames, _ = _recorded(record)
