@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from svsm.formats.virtio import BlkType
+from svsm.formats.virtio import BlkType, DescriptorFlag
 from svsm.fuzz.choices import Choices
 from svsm.fuzz.disks.verdict import Debt
 from svsm.fuzz.disks.virtio_device import Disk, Request
@@ -231,9 +231,13 @@ class RingLies:
         ring.put_used(request.chain.identifier, request.written, wrap=ring.used_wrap)
         ring._flags[8 * ring.next_used + 7] = flags
         good = flags & _MARKS == (_MARKS if ring.used_wrap else 0)
+        available = int(DescriptorFlag.USED if ring.used_wrap else DescriptorFlag.AVAIL)  # of the next round
         ring.skip(request.chain.entries)
         if good:
             self.debt.lies += 1
+        elif flags & _MARKS == available:  # the device itself takes it for a chain when it comes round
+            self.disk.spoiled = True
+            self.debt.die("virtio-timeout", "virtio-needs-reset", "vhost-user-gone")
         else:
             self.debt.die("virtio-timeout")
 
