@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import errno
 import fcntl
@@ -194,8 +193,7 @@ def test_a_file_system_without_holes(
 
     def fallocate(_descriptor: int, mode: int, _offset: int, _length: int) -> int:
         modes.append(mode)
-        ctypes.set_errno(failure)
-        return -1
+        return failure
 
     monkeypatch.setattr(file_driver, "_fallocate", lambda: fallocate)
     check(_file(tmp_path))
@@ -207,8 +205,7 @@ def test_a_file_system_with_holes_only(tmp_path: Path, monkeypatch: pytest.Monke
 
     def fallocate(descriptor: int, mode: int, offset: int, length: int) -> int:
         if mode & 0x10:
-            ctypes.set_errno(errno.EOPNOTSUPP)
-            return -1
+            return errno.EOPNOTSUPP
         return genuine(descriptor, mode, offset, length)
 
     monkeypatch.setattr(file_driver, "_fallocate", lambda: fallocate)
