@@ -35,6 +35,8 @@ pytestmark = pytest.mark.interop
 
 _COM3 = 2
 _SOON = 20.0
+_CONSOLE_BYTES = 75_000
+"""More than the 16 buffers of 4 KiB, and less than half of what QEMU's end of the socket holds (176 KiB measured)."""
 _LINES = {
     "uart16550": None,
     "console-split": ConsoleOptions(),
@@ -129,10 +131,12 @@ def test_a_stall_and_a_hang_up(line: str, offset: int, recording: Recording) -> 
     error = tried(line, recording, FarEnd(recording.replayed(), stop_after=offset), seconds=0.5)
     assert error is not None
     assert error.code == "channel-timeout"
-    error = tried(line, recording, FarEnd(recording.replayed(), close_after=offset), seconds=0.5)
+    # Only a console with several ports says that the far end has gone; it has the time that a loaded host needs.
+    told = line.endswith("ports")
+    seconds = _SOON if told else 0.5
+    error = tried(line, recording, FarEnd(recording.replayed(), close_after=offset), seconds=seconds)
     assert error is not None
-    # Only a console with several ports says that the far end has gone.
-    ends = {"channel-closed", "frame-truncated"} if line.endswith("ports") else {"channel-timeout"}
+    ends = {"channel-closed", "frame-truncated"} if told else {"channel-timeout"}
     assert error.code in ends
 
 
@@ -144,7 +148,11 @@ def test_input_without_end(line: str, endless: bytes, recording: Recording) -> N
 
 @pytest.mark.parametrize("line", [name for name in _LINES if name.startswith("console")])
 def test_many_bytes_each_way(line: str) -> None:
-    """300 kB through buffers of 4 KiB, and the features that were asked for are in force."""
+    """300 kB through 16 buffers of 4 KiB, and the features that were asked for are in force.
+
+    At once on a port that waits for its far end. A port 0 ("virtconsole") throws away what does not fit into the
+    socket: there the next piece goes out when the last one is back, so that it fits however slow the far end is.
+    """
     machine = _machine(line)
     with contextlib.ExitStack() as stack:
         stack.callback(machine.close)
@@ -161,8 +169,12 @@ def test_many_bytes_each_way(line: str) -> None:
         thread.start()
         frames = FramedChannel(channel)
         data = random.Random(3).randbytes(300_000)
-        frames.send(data, deadline=time.monotonic() + _SOON)
-        assert frames.receive(deadline=time.monotonic() + _SOON) == data[::-1]
+        step = len(data) if options.port else _CONSOLE_BYTES
+        for start in range(0, len(data), step):
+            piece = data[start : start + step]
+            frames.send(piece, deadline=time.monotonic() + _SOON)
+            assert frames.receive(deadline=time.monotonic() + _SOON) == piece[::-1]
+        assert echo.received > len(data)
         channel.close()
 
 
