@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Final, cast
 
 from svsm.formats.errors import SvsmError
 from svsm.host.devices.virtio_mmio import MmioBlk
@@ -33,7 +33,7 @@ from svsm.testing.hostile.device import HostileBlk
 from svsm.testing.hostile.flicker import FlickerMemory
 from svsm.testing.hostile.interposer import Interposer
 from svsm.testing.hostile.qemu_attacks import InterposedAttack
-from svsm.testing.hostile.trial import Kind, Outcome, Trial, TrialError
+from svsm.testing.hostile.trial import Kind, Outcome, Trial, TrialError, carry_out
 from svsm.testing.virtio_harness import Clock, InlineRegisters, Machine
 
 __all__ = [
@@ -169,21 +169,4 @@ def run(attack: Attack | InterposedAttack, ring: str, *, program: Path | None = 
     trial.program = program
     if outcome.code in ("virtio-timeout", "virtio-reset-stuck"):
         trial.deadline_seconds = _SHORT_SECONDS
-    return _carry_out(trial, attack.after)
-
-
-def _carry_out(trial: QemuTrial, after: Callable[[Any], None] | None) -> Outcome:
-    try:
-        trial.start()
-    except SvsmError as error:
-        return Outcome(Kind.REFUSED, error.code)
-    try:
-        trial.work()
-        if after is not None:
-            after(trial)
-        outcome = trial.outcome()
-        if outcome.kind is Kind.DEAD and not trial.device.stuck:
-            trial.revive()
-        return outcome
-    finally:
-        trial.close()
+    return carry_out(trial, attack.after)

@@ -16,7 +16,7 @@ import functools
 import mmap
 import os
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from svsm.formats.errors import BackendError, StateError, SvsmError
 from svsm.host.devices.virtio_blk import ALL_FEATURES, BlkOptions
@@ -26,13 +26,15 @@ from svsm.storage.drivers.virtio.blk import BlkPolicy, VirtioBlk
 from svsm.testing.hostile.device import HostileBlk
 from svsm.testing.virtio_harness import SMALL_POLICY, Machine, disk_file, virtio_disk
 
-__all__ = ["CANARY", "RINGS", "Kind", "Outcome", "Trial", "TrialError", "policy_of", "run"]
+__all__ = ["CANARY", "RINGS", "Kind", "Outcome", "Trial", "TrialError", "carry_out", "policy_of", "run"]
 
 CANARY: Final = b"\xc4\x9aPRIVATE\x9a\xc4canary"
 """Never written to the disk, so never to be seen in shared memory."""
 
 RINGS: Final = ("split", "split-direct", "packed", "packed-direct")
 """Both rings, with and without indirect descriptors."""
+
+TrialT = TypeVar("TrialT", bound="Trial")
 
 _DISK_BYTES = 1 << 20
 _LONGEST_SECONDS = 600.0
@@ -320,7 +322,15 @@ def run(
     Raises:
         TrialError: A promise was broken.
     """
-    trial = Trial(install, ring, options=options, memory_type=memory_type, queues=queues)
+    return carry_out(Trial(install, ring, options=options, memory_type=memory_type, queues=queues), after)
+
+
+def carry_out(trial: TrialT, after: Callable[[TrialT], None] | None) -> Outcome:
+    """Start, work, and live again where the disk has died; ends the trial in any case.
+
+    Raises:
+        TrialError: A promise was broken.
+    """
     try:
         trial.start()
     except SvsmError as error:
