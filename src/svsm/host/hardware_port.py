@@ -47,6 +47,7 @@ class HardwarePort:
         try:
             self._sock.sendall(message.pack())
         except OSError as error:
+            self._read_last_words()
             raise _gone(str(error.strerror)) from None
         while True:
             answer = self._receive()
@@ -96,9 +97,17 @@ class HardwarePort:
             raise BackendError("the hardware said something unexpected", code="host-hardware", got=message.kind)
         self._notices.append(message)
 
+    def _read_last_words(self) -> None:
+        """Keep the notices that arrived before the hardware went."""
+        with contextlib.suppress(BackendError):
+            while True:
+                answer = self._receive()
+                if answer.kind in _NOTICES:
+                    self._keep(answer)
+
     def _receive(self) -> Message:
         try:
-            data, descriptors, _, _ = socket.recv_fds(self._sock, MAX_MESSAGE + 1, 1)
+            data, descriptors = self._packet()
         except OSError as error:
             raise _gone(str(error.strerror)) from None
         for descriptor in descriptors:
@@ -106,6 +115,14 @@ class HardwarePort:
         if not data:
             raise _gone("it hung up")
         return Message.parse(data)
+
+    def _packet(self) -> tuple[bytes, list[int]]:
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self._sock, MAX_MESSAGE + 1, 1)
+        except ConnectionResetError:
+            # It left a command unread. Linux says so once, before what it had sent: the next read gives that.
+            data, descriptors, _, _ = socket.recv_fds(self._sock, MAX_MESSAGE + 1, 1)
+        return data, descriptors
 
 
 def _gone(why: str) -> BackendError:

@@ -171,9 +171,9 @@ class Hypervisor:
             except BackendError as error:
                 if error.code != "host-hardware":
                     raise
-                notice = self._hardware.take_notice()
-                if notice is not None and notice.kind == HostCommand.ENDED:
-                    return self._ended(notice)
+                while (notice := self._hardware.take_notice()) is not None:
+                    if notice.kind == HostCommand.ENDED:
+                        return self._ended(notice)
                 return self._finish(HypervisorEnd(str(error), True, 0))
 
     def _wait(self) -> None:
