@@ -20,9 +20,20 @@ computed from other fields.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import struct
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, dataclass_transform, get_args, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Self,
+    TypeVar,
+    dataclass_transform,
+    get_args,
+)
 
 from svsm.formats.errors import FormatError
 
@@ -32,22 +43,19 @@ Buffer = bytes | bytearray | memoryview
 """What parsers accept; `collections.abc.Buffer` exists only from Python 3.12 on."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Unsigned:
+class Unsigned(NamedTuple):
     """Field marker: an unsigned integer of 1, 2, 4 or 8 bytes."""
 
     width_bytes: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Bytes:
+class Bytes(NamedTuple):
     """Field marker: exactly `length` bytes, kept as they are."""
 
     length: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Nested:
+class Nested(NamedTuple):
     """Field marker: another record, in place. It keeps its own byte order."""
 
 
@@ -140,8 +148,7 @@ class Record:
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]  # records are dataclasses; only their decorator says so
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Field:
+class _Field(NamedTuple):
     owner: str
     name: str
     marker: Unsigned | Bytes | Nested
@@ -209,7 +216,7 @@ def record(*, size: int, byte_order: Literal["little", "big"]) -> Callable[[type
 
     def compile_record(cls: type[_R]) -> type[_R]:
         made = dataclasses.dataclass(frozen=True, slots=True)(cls)
-        hints = get_type_hints(made, include_extras=True)
+        hints = inspect.get_annotations(made, eval_str=True)
         fields = tuple(_field(made, field.name, hints[field.name]) for field in dataclasses.fields(made))  # type: ignore[arg-type]  # records are dataclasses; only their decorator says so
         layout = struct.Struct(("<" if byte_order == "little" else ">") + "".join(field.code for field in fields))
         if layout.size != size:

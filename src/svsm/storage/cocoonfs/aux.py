@@ -14,8 +14,8 @@ the storage has two copies, and records can be changed without the key; with Non
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 from svsm.formats.cursor import Cursor
 from svsm.formats.errors import FormatError, StateError
@@ -54,8 +54,7 @@ class AuxEntry:
     data: bytes = field(repr=False)
 
 
-@dataclass(frozen=True, slots=True)
-class AuxMetadata:
+class AuxMetadata(NamedTuple):
     """All records, ordered by UUID, and the reserve.
 
     Attributes:
@@ -115,7 +114,7 @@ class AuxMetadata:
             StateError: ``cocoonfs-no-such-aux``.
         """
         at = self._position(kind, index)
-        return replace(self, entries=(*self.entries[:at], *self.entries[at + 1 :]))
+        return self._replace(entries=(*self.entries[:at], *self.entries[at + 1 :]))
 
     def with_reserve(self, reserve_bytes: int | None) -> AuxMetadata:
         """With another reserve.
@@ -125,7 +124,7 @@ class AuxMetadata:
         """
         if reserve_bytes is not None and not 0 <= reserve_bytes <= MAX_AUX_BYTES:
             raise StateError("a reserve is 0 to 16 MiB", code="cocoonfs-aux-full", got=reserve_bytes)
-        return replace(self, reserve_bytes=reserve_bytes)
+        return self._replace(reserve_bytes=reserve_bytes)
 
     def _position(self, kind: uuid.UUID, index: int) -> int:
         found = [at for at, entry in enumerate(self.entries) if entry.kind == kind]
@@ -140,7 +139,7 @@ class AuxMetadata:
         return found[index]
 
     def _checked(self, entries: tuple[AuxEntry, ...]) -> AuxMetadata:
-        made = replace(self, entries=entries)
+        made = self._replace(entries=entries)
         size = sum(_KIND_BYTES + _LENGTH_BYTES + len(entry.data) for entry in entries)
         if size > MAX_AUX_BYTES - _KIND_BYTES - _LENGTH_BYTES - _RESERVE_BYTES:
             raise StateError("auxiliary metadata is limited to 16 MiB", code="cocoonfs-aux-full", got=size)

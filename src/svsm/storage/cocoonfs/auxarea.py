@@ -20,8 +20,8 @@ does an open with the key mend anything.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 from svsm.formats.errors import FormatError, StateError, SvsmError
 from svsm.storage.cocoonfs import integrity
@@ -198,8 +198,7 @@ def fresh_contents(
     return pointers, list(zip(extents, _contents(layout, extents, heads, parts), strict=True))
 
 
-@dataclass(frozen=True, slots=True)
-class _Group:
+class _Group(NamedTuple):
     """One group as the disk has it: its extents' indices, its state (None: the head is torn), its payload if whole."""
 
     indices: range

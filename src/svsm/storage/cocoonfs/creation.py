@@ -13,8 +13,7 @@ who formats on its word compares it with what it expects (`provisioning.Expected
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from svsm.formats.cursor import Cursor
 from svsm.formats.errors import FormatError
@@ -56,8 +55,7 @@ class _Prefix(Record):
     salt_length: U8
 
 
-@dataclass(frozen=True, slots=True)
-class CreationHeader:
+class CreationHeader(NamedTuple):
     """A creation-info header (CocoonFS §Filesystem creation info header).
 
     Attributes:

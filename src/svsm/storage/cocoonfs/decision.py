@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from svsm.formats.errors import PolicyError, StateError
 
@@ -25,8 +25,7 @@ class Decision(enum.Enum):
     UNKNOWN = "unknown"
 
 
-@dataclass(frozen=True, slots=True)
-class FoundJournal:
+class FoundJournal(NamedTuple):
     """A commit that waits for its decision: the state it leads to, already authenticated."""
 
     counter: int

@@ -12,8 +12,8 @@ Decryption here is never the first thing that looks at hostile bytes: callers au
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from io import BytesIO
+from typing import NamedTuple
 
 from cryptography.hazmat.primitives.hmac import HMAC
 
@@ -148,8 +148,7 @@ def encrypt_extents(encrypt: Crypt, data: bytes, total_bytes: int, random: Rando
     return sink.getvalue()
 
 
-@dataclass(frozen=True, slots=True)
-class Chain:
+class Chain(NamedTuple):
     """How one kind of chained extents is read and written.
 
     Attributes:

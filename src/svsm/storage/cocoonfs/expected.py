@@ -8,7 +8,7 @@ salt or a tiny size, and who formats on its word has been talked down to that.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from svsm.formats.errors import PolicyError
 from svsm.storage.cocoonfs.aux import AuxMetadata
@@ -17,8 +17,7 @@ from svsm.storage.cocoonfs.layout import ImageLayout
 __all__ = ["ANYTHING", "Expected"]
 
 
-@dataclass(frozen=True, slots=True)
-class Expected:
+class Expected(NamedTuple):
     """What a caller demands of a volume before it is believed, or made. None means anything.
 
     The header stands in clear text and is not authenticated before a volume is open; that of an announcement never is.

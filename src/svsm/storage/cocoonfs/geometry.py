@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from svsm.formats.errors import FormatError
 from svsm.storage.cocoonfs import integrity
@@ -83,8 +83,7 @@ def plan_tree(layout: ImageLayout, image_ab: int) -> tuple[int, int]:
     return nodes, left
 
 
-@dataclass(frozen=True, slots=True)
-class FixedPlaces:
+class FixedPlaces(NamedTuple):
     """What the static header alone determines.
 
     Attributes:

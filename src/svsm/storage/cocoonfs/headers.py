@@ -10,7 +10,7 @@ anything; every size is bounded before it is used.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from svsm.abi.block import BlockDevice
 from svsm.formats.errors import FormatError
@@ -32,8 +32,7 @@ class Probe(enum.Enum):
     CREATION_INFO = "creation-info"
 
 
-@dataclass(frozen=True, slots=True)
-class CreationInfo:
+class CreationInfo(NamedTuple):
     """An intact creation-info header with what belongs to it.
 
     Attributes:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from svsm.formats.errors import FormatError
 from svsm.formats.record import Buffer
@@ -50,8 +51,7 @@ __all__ = ["Image", "VolumeContext", "decode_bitmap", "entry_leaf_mac", "open_im
 _PIECE_BYTES = 1 << 18
 
 
-@dataclass(frozen=True, slots=True)
-class VolumeContext:
+class VolumeContext(NamedTuple):
     """What the static header gives: places, keys, and the device in these units."""
 
     static: StaticHeader

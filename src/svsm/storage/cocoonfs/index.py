@@ -14,6 +14,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from svsm.formats.errors import FormatError
 from svsm.storage.cocoonfs.encoding import (
@@ -31,8 +32,7 @@ __all__ = ["Entry", "IndexEditor", "Internal", "Leaf", "NodeFormat", "find", "it
 _MAX_LEVELS = 40
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One inode: its encoded extent pointer and its flags byte."""
 
     inode: int

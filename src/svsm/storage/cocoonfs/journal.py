@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 from svsm.formats.cursor import Cursor
 from svsm.formats.errors import FormatError
@@ -67,8 +68,7 @@ def is_active(layout: ImageLayout, head: bytes) -> bytes | None:
     return integrity.unprotect(head, section=_SECTION, head_skip=_SKIP, io_block_bytes=layout.io_bytes)
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(NamedTuple):
     """One record of the writes script, in IO blocks."""
 
     target: int
@@ -153,8 +153,7 @@ def _malformed(what: str) -> FormatError:
     return FormatError("the journal's log is malformed", code="cocoonfs-format", field=what)
 
 
-@dataclass(frozen=True, slots=True)
-class JournalLog:
+class JournalLog(NamedTuple):
     """A log's contents.
 
     Attributes:

@@ -7,8 +7,7 @@ and the root digest, which both cover it, agree. Reading it therefore bounds eve
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from svsm.formats.cursor import Cursor
 from svsm.formats.errors import FormatError, PolicyError
@@ -239,8 +238,7 @@ class _StaticPrefix(Record):
     salt_length: U8
 
 
-@dataclass(frozen=True, slots=True)
-class StaticHeader:
+class StaticHeader(NamedTuple):
     """The header at offset 0, written once: configuration and salt."""
 
     layout: ImageLayout
@@ -307,8 +305,7 @@ def _bad_header(field: str) -> FormatError:
     return FormatError("the static header is damaged", code="cocoonfs-header", field=field)
 
 
-@dataclass(frozen=True, slots=True)
-class MutableHeader:
+class MutableHeader(NamedTuple):
     """The header that each commit rewrites through the journal; nothing in it is believed before it is checked."""
 
     aux_pointers: bytes

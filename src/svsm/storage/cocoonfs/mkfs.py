@@ -13,8 +13,8 @@ the gap before the journal's head where there is one; extents lists of a large t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 from svsm.formats.errors import FormatError
 from svsm.storage.cocoonfs.allocation import bitmap_blocks, bits_per_bitmap_block, pack_states, with_ranges
@@ -53,8 +53,7 @@ _CHUNK_BYTES = 1 << 20
 _SPAN_BLOCKS = 64
 
 
-@dataclass(frozen=True, slots=True)
-class _Places:
+class _Places(NamedTuple):
     image_ab: int
     tree: Extent
     aux: tuple[list[Extent], list[Extent]]

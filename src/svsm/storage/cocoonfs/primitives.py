@@ -20,9 +20,9 @@ from __future__ import annotations
 import warnings
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
+from typing import NamedTuple
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import constant_time, hashes, hmac
@@ -59,8 +59,7 @@ _PIECE_BYTES = 1 << 16  # small enough for the processor's cache: fresh memory c
 _SWAP_PAIRS = bytes(((b & 0x55) << 1) | ((b & 0xAA) >> 1) for b in range(256))
 
 
-@dataclass(frozen=True, slots=True)
-class HashAlgorithm:
+class HashAlgorithm(NamedTuple):
     """A hash: TCG identifier, digest length in bytes, how to make it, whether it is weak."""
 
     tcg_id: int
@@ -170,8 +169,7 @@ class Crypt:
             sink.write(memoryview(scratch)[:count])
 
 
-@dataclass(frozen=True, slots=True)
-class CipherAlgorithm:
+class CipherAlgorithm(NamedTuple):
     """A block cipher in CBC mode: TCG identifier and key size in bits."""
 
     tcg_id: int

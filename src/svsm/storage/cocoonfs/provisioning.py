@@ -13,7 +13,7 @@ Until the last but one the disk is announced, from there on it holds an empty vo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from svsm.abi.block import BlockDevice
 from svsm.formats.errors import FormatError
@@ -58,8 +58,7 @@ def check_salt(salt: bytes) -> None:
         raise FormatError("the salt is longer than 255 bytes", code="cocoonfs-salt", got=len(salt))
 
 
-@dataclass(frozen=True, slots=True)
-class _Copies:
+class _Copies(NamedTuple):
     """Both copies of one creation info, in bytes: where they lie and what they are."""
 
     header: CreationHeader

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 import pytest
 
@@ -105,7 +104,7 @@ def test_a_file_of_nothing_but_zeros_behind_no_padding_is_refused() -> None:
     assert entry is not None
     assert other is not None
     # Another file's key: what it decrypts to is noise, whose padding is wrong.
-    image.load(image.entry_leaf, 1).entries[-1] = replace(other, pointer=entry.pointer)  # type: ignore[union-attr]
+    image.load(image.entry_leaf, 1).entries[-1] = other._replace(pointer=entry.pointer)  # type: ignore[union-attr]
     with pytest.raises(SvsmError) as caught:
         list(file_lengths(image))
     assert caught.value.code == "cocoonfs-format"
