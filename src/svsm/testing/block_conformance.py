@@ -164,7 +164,11 @@ def many_ranges(subject: Subject) -> None:
     source = random.Random(4)
     blocks = source.choices(range(SIZE_BYTES // block), k=_MANY)
     got = device.read([(at * block, block) for at in blocks])
-    _demand(got == [content[at * block : (at + 1) * block] for at in blocks], "one of many ranges differs")
+    expected = [bytes(content[at * block : (at + 1) * block]) for at in blocks]
+    _demand(got == expected, "one of many ranges differs")
+    for last in (2 * block, SIZE_BYTES // 2):
+        got = device.read([*((at * block, block) for at in blocks), (block, last)])
+        _demand(got == [*expected, content[block : block + last]], "many ranges and one of another length differ")
     chosen = sorted(set(blocks))
     source.shuffle(chosen)
     extents: list[Extent] = [(at * block, source.randbytes(block)) for at in chosen]
@@ -222,6 +226,7 @@ def refuses_what_cannot_be(subject: Subject) -> None:
     ):
         for call in (device.read, device.discard, device.write_zeroes):
             _refused(what, (code,), functools.partial(call, [(0, block), (offset, length)]))
+        _refused(what, (code,), functools.partial(device.read, [(0, block)] * _MANY + [(offset, length)]))
     for what, offset, data, code in (
         ("a write behind the end", SIZE_BYTES, zeros, "block-range"),
         ("a write at half a block", block // 2, zeros, "block-alignment"),

@@ -33,7 +33,10 @@ from svsm.storage.drivers.checks import (
 )
 from svsm.storage.drivers.dma import PAGE_BYTES, DmaMemory
 
-__all__ = ["DiskShape", "QueuedDisk"]
+__all__ = ["Confirm", "DiskShape", "QueuedDisk"]
+
+Confirm = Callable[[], bool]
+"""Whether a transfer that has begun may go on."""
 
 _SLOWEST_BYTES_PER_SECOND = 1 << 20
 _ZEROS_AT_ONCE = 256
@@ -95,6 +98,9 @@ class QueuedDisk(CheckedDevice, Generic[Shape]):
             self._release()
             raise
 
+    _ahead: int | None = None
+    """How many pieces of a read may be in flight before the whole call is checked; None: it is checked first."""
+
     # ---- what drivers add -------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
@@ -110,13 +116,16 @@ class QueuedDisk(CheckedDevice, Generic[Shape]):
         """Let go of what leads to the device. Does not raise."""
 
     @abc.abstractmethod
-    def _transfer(self, pieces: Sequence[Any], results: list[bytes] | None, deadline: float) -> int:
+    def _transfer(
+        self, pieces: Sequence[Any], results: list[bytes] | None, deadline: float, confirm: Confirm | None = None
+    ) -> int:
         """Move all pieces, each at most `_piece_bytes`; the worst status, 0 for success.
 
         Args:
             pieces: A `Range` each, whose contents go to their place in `results`; an `Extent` each, without.
             results: As long as `pieces`, or None to write.
             deadline: For all of it.
+            confirm: Called once, when at most `_ahead` pieces are in flight: where it says no, there will be no more.
         """
 
     @abc.abstractmethod
@@ -216,11 +225,12 @@ class QueuedDisk(CheckedDevice, Generic[Shape]):
         """The contents of each range; all of them are in flight together."""
         if len(ranges) == 1:
             self._expect_one("read")
-        length = uniform_ranges(ranges, size_bytes=self._size, block_size_bytes=self._block_size)
+        length = self._uniform(ranges[: self._ahead])
         if 0 < length <= self._piece_bytes and self.fault is None and not self._closed:
             if len(ranges) == 1:
                 return [self._move_one("read", ranges[0][0], length, None)]
-            return self._read_all(ranges, length * len(ranges))
+            if (results := self._read_uniform(ranges, length)) is not None:
+                return results
         self._admit_reading(ranges)
         self._demand_alive("read")
         lengths, limit = [length for _, length in ranges], self._piece_bytes
@@ -257,10 +267,33 @@ class QueuedDisk(CheckedDevice, Generic[Shape]):
             return self._transfer([(offset, length)], results, self._deadline(length)), results[0]
         return self._transfer([(offset, data)], None, self._deadline(length)), b""
 
-    def _read_all(self, pieces: Sequence[Range], moved_bytes: int) -> list[bytes]:
+    def _uniform(self, ranges: Sequence[Range]) -> int:
+        return uniform_ranges(ranges, size_bytes=self._size, block_size_bytes=self._block_size)
+
+    def _read_uniform(self, ranges: Sequence[Range], length: int) -> list[bytes] | None:
+        """A read whose first ranges are known to be in order; the others are looked at while those are on their way.
+
+        A device waits while a thousand ranges are checked, and to have read what nobody gets harms nobody.
+
+        Returns:
+            None where the others are not all like the first: what began has ended, and the call is still to be done.
+        """
+        if self._ahead is None or len(ranges) <= self._ahead:
+            return self._read_all(ranges, length * len(ranges))
+        others, in_order = ranges[self._ahead :], True
+
+        def confirm() -> bool:
+            nonlocal in_order
+            in_order = self._uniform(others) == length
+            return in_order
+
+        results = self._read_all(ranges, length * len(ranges), confirm)
+        return results if in_order else None
+
+    def _read_all(self, pieces: Sequence[Range], moved_bytes: int, confirm: Confirm | None = None) -> list[bytes]:
         results = [b""] * len(pieces)
         try:
-            status = self._transfer(pieces, results, self._deadline(moved_bytes))
+            status = self._transfer(pieces, results, self._deadline(moved_bytes), confirm)
         except (ProtocolError, BackendError) as error:
             raise self._die("read", error) from error
         if status:

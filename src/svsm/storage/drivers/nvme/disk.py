@@ -24,7 +24,7 @@ from svsm.formats.nvme import (
     status_name,
 )
 from svsm.storage.drivers.dma import DmaMemory
-from svsm.storage.drivers.lifecycle import QueuedDisk
+from svsm.storage.drivers.lifecycle import Confirm, QueuedDisk
 from svsm.storage.drivers.nvme.controller import ADMIN_ENTRIES, Controller, Registers
 from svsm.storage.drivers.nvme.identify import Geometry, parse_geometry, parse_size
 from svsm.storage.drivers.nvme.queue import queue_bytes
@@ -106,6 +106,8 @@ class NvmeDisk(QueuedDisk[Geometry]):
         BackendError: The registers' transport failed.
         StateError: ``nvme-policy``, ``dma-memory``.
     """
+
+    _ahead = _DOORBELL_COMMANDS
 
     def __init__(
         self,
@@ -189,15 +191,24 @@ class NvmeDisk(QueuedDisk[Geometry]):
 
     # ---- commands ---------------------------------------------------------------------------------------------------
 
-    def _transfer(self, pieces: Sequence[Any], results: list[bytes] | None, deadline: float) -> int:
+    def _transfer(
+        self, pieces: Sequence[Any], results: list[bytes] | None, deadline: float, confirm: Confirm | None = None
+    ) -> int:
         """Run all pieces, as many at a time as the queue takes."""
         controller, pair = self._controller, self._pair
         controller.begin()
         at = done = failure = 0
-        while done < len(pieces):
-            filled, at = at, self._fill(pieces, at, reading=results is not None)
+        total = len(pieces)
+        while done < total:
+            filled = at
+            if at < total:
+                at = self._fill(pieces, at, reading=results is not None)
             if filled != at:
                 controller.ring(pair)
+            if confirm is not None:
+                if not confirm():
+                    total = at
+                confirm = None
             finished = pair.collect()
             if finished:
                 controller.acknowledge(pair)

@@ -22,9 +22,9 @@ from svsm.formats.record import Buffer
 from svsm.formats.virtio import SECTOR_BYTES, BlkFeature, BlkSegment, BlkStatus, BlkType, DeviceType, Feature
 from svsm.storage.drivers.checks import block_io_error
 from svsm.storage.drivers.dma import HAS_FENCE, PAGE_BYTES, DmaMemory
-from svsm.storage.drivers.lifecycle import QueuedDisk
+from svsm.storage.drivers.lifecycle import Confirm, QueuedDisk
 from svsm.storage.drivers.virtio.blk_config import CONFIG_BYTES, Geometry, RangeLimits, parse_geometry
-from svsm.storage.drivers.virtio.blk_lane import CHAIN, Lane, LaneShape
+from svsm.storage.drivers.virtio.blk_lane import BATCH, CHAIN, Lane, LaneShape
 from svsm.storage.drivers.virtio.packed import PackedQueue
 from svsm.storage.drivers.virtio.queue import QueueShape, VirtQueue
 from svsm.storage.drivers.virtio.split import SplitQueue
@@ -115,6 +115,8 @@ class VirtioBlk(QueuedDisk[Geometry]):
     Attributes:
         features: As negotiated.
     """
+
+    _ahead = BATCH
 
     def __init__(
         self,
@@ -264,22 +266,29 @@ class VirtioBlk(QueuedDisk[Geometry]):
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
-    def _transfer(self, pieces: Sequence[Any], results: list[bytes] | None, deadline: float) -> int:
+    def _transfer(
+        self, pieces: Sequence[Any], results: list[bytes] | None, deadline: float, confirm: Confirm | None = None
+    ) -> int:
         """Run all pieces, as many at a time as the queues take."""
         self._begin()
         at = done = worst = 0
-        total = len(pieces)
+        total, lanes = len(pieces), self._lanes
         while done < total:
-            before = at, done
-            for lane in self._lanes:
+            before = at + done  # neither ever goes back
+            for lane in lanes:
                 if at < total and lane.wants_more():
                     at, kick = lane.fill_writes(pieces, at) if results is None else lane.fill_reads(pieces, at)
                     if kick:
                         self._kick(lane)
+                    if confirm is not None:
+                        if not confirm():
+                            total = at
+                        confirm = None
                 finished, status = lane.drain(results)
                 done += finished
-                worst = max(worst, status)
-            if before == (at, done):
+                if status > worst:
+                    worst = status
+            if at + done == before:
                 self._await(deadline)
         return worst
 

@@ -22,7 +22,10 @@ from svsm.formats.virtio import SECTOR_BYTES, BlkHeader, BlkStatus, BlkType
 from svsm.storage.drivers.dma import PAGE_BYTES, DmaMemory
 from svsm.storage.drivers.virtio.queue import Segment, VirtQueue
 
-__all__ = ["CHAIN", "Lane", "LaneShape"]
+__all__ = ["BATCH", "CHAIN", "Lane", "LaneShape"]
+
+BATCH = 16
+"""Requests that are published together: the device begins with these while the next are prepared."""
 
 CHAIN = 3
 """Header, data, status: the bounce buffer is one piece, so one data segment is enough whatever seg_max is."""
@@ -32,8 +35,6 @@ _STATUS_OFFSET = 16
 _STATUS_SENTINEL = 0xFF
 _DATA = 1
 _REFILL_SHARE = 8
-_BATCH = 16
-"""Requests that are published together: the device begins with these while the next are prepared."""
 _SECTOR_SHIFT = SECTOR_BYTES.bit_length() - 1
 
 
@@ -74,15 +75,29 @@ class Lane:
         self._enough = slots // _REFILL_SHARE
         control = memory.allocate(slots * _CONTROL_BYTES)
         self._headers = [(control + slot * _CONTROL_BYTES) // 8 for slot in range(slots)]
+        self._sectors = [header + 1 for header in self._headers]
         self._statuses = [control + slot * _CONTROL_BYTES + _STATUS_OFFSET for slot in range(slots)]
         self._data = [
             self._buffer(memory, shape.large_bytes if slot < large else shape.small_bytes) for slot in range(slots)
         ]
         self._owners = [0] * slots
-        self._expected = [0] * slots
         self._forms = [0] * slots  # length of the prepared data segment, negative where the device writes it
+        self._expected = [0] * slots  # what a read or write of this form has to write
+        self._pieces = [slice(0)] * slots  # where its data is
+        self._contents = [memoryview(b"")] * slots  # … and a view of it
         self._small_zeros = bytes(self._small_bytes)
         self._zeros = memoryview(bytes(shape.large_bytes))
+        self._hot = (  # what the loops use for each request, at hand in one step
+            memory.u64,
+            memory.bytes,
+            self._sectors,
+            self._statuses,
+            self._pieces,
+            self._forms,
+            self._small,
+            self._large,
+            self._small_bytes,
+        )
         for slot in range(slots):
             self._prepare(slot)
 
@@ -102,16 +117,11 @@ class Lane:
                 Segment(address(self._statuses[slot]), 1, device_writes=True),
             ],
         )
-        self._forms[slot] = -512
-
-    @property
-    def free(self) -> int:
-        """Slots that are not in flight."""
-        return len(self._small) + len(self._large)
+        self._form(slot, 512, reading=True)
 
     def wants_more(self) -> bool:
         """Whether enough slots are free to be worth a kick, which costs the device a turn of its loop."""
-        return self.free >= self._enough or not self.queue.in_flight
+        return len(self._small) + len(self._large) >= self._enough or not self.queue.in_flight
 
     # ---- reads and writes ------------------------------------------------------------------------------------------
 
@@ -125,10 +135,9 @@ class Lane:
         Returns:
             Where it ended, and whether the device wants to be notified.
         """
-        u64, shared, headers, statuses = self._memory.u64, self._memory.bytes, self._headers, self._statuses
-        buffers, owners, forms, expected = self._data, self._owners, self._forms, self._expected
-        small_zeros, zeros = self._small_zeros, self._zeros
-        small, large, small_bytes, total = self._small, self._large, self._small_bytes, min(len(pieces), at + _BATCH)
+        u64, shared, sectors, statuses, places, forms, small, large, small_bytes = self._hot
+        owners, small_zeros, zeros = self._owners, self._small_zeros, self._zeros
+        total = min(len(pieces), at + BATCH)
         batch: list[int] = []
         while at < total:
             offset, length = pieces[at]
@@ -136,13 +145,11 @@ class Lane:
             if not free:
                 break
             slot = free.pop()
-            start = buffers[slot]
-            shared[start : start + length] = small_zeros if length == small_bytes else zeros[:length]
             if forms[slot] != -length:
                 self._reform(slot, length, reading=True)
-            u64[headers[slot] + 1] = offset >> _SECTOR_SHIFT
+            shared[places[slot]] = small_zeros if length == small_bytes else zeros[:length]
+            u64[sectors[slot]] = offset >> _SECTOR_SHIFT
             shared[statuses[slot]] = _STATUS_SENTINEL
-            expected[slot] = length + 1
             owners[slot] = at
             batch.append(slot)
             at += 1
@@ -150,9 +157,8 @@ class Lane:
 
     def fill_writes(self, pieces: Sequence[Extent], at: int) -> tuple[int, bool]:
         """Put writes into flight, from ``pieces[at]`` on, for as long as there are free slots: as `fill_reads`."""
-        u64, shared, headers, statuses = self._memory.u64, self._memory.bytes, self._headers, self._statuses
-        buffers, forms, expected = self._data, self._forms, self._expected
-        small, large, small_bytes, total = self._small, self._large, self._small_bytes, min(len(pieces), at + _BATCH)
+        u64, shared, sectors, statuses, places, forms, small, large, small_bytes = self._hot
+        total = min(len(pieces), at + BATCH)
         batch: list[int] = []
         while at < total:
             offset, data = pieces[at]
@@ -161,22 +167,27 @@ class Lane:
             if not free:
                 break
             slot = free.pop()
-            start = buffers[slot]
-            shared[start : start + length] = data
             if forms[slot] != length:
                 self._reform(slot, length, reading=False)
-            u64[headers[slot] + 1] = offset >> _SECTOR_SHIFT
+            shared[places[slot]] = data
+            u64[sectors[slot]] = offset >> _SECTOR_SHIFT
             shared[statuses[slot]] = _STATUS_SENTINEL
-            expected[slot] = 1
             batch.append(slot)
             at += 1
         return at, bool(batch) and self.queue.publish(batch)
 
     def _reform(self, slot: int, length: int, *, reading: bool) -> None:
         """Kind and length of the slot's next request, where they are not those of its last one."""
-        self._forms[slot] = -length if reading else length
+        self._form(slot, length, reading=reading)
         self._memory.u64[self._headers[slot]] = int(BlkType.IN if reading else BlkType.OUT)
         self.queue.resize(slot, _DATA, length, reading)
+
+    def _form(self, slot: int, length: int, *, reading: bool) -> None:
+        start = self._data[slot]
+        self._forms[slot] = -length if reading else length
+        self._expected[slot] = length + 1 if reading else 1
+        self._pieces[slot] = slice(start, start + length)
+        self._contents[slot] = self._memory.bytes[start : start + length]
 
     def drain(self, results: list[bytes] | None) -> tuple[int, int]:
         """Take back what the device has finished; contents of reads go to their place in `results`.
@@ -188,15 +199,17 @@ class Lane:
             ProtocolError: The queue's violations, ``virtio-blk-status``.
         """
         done = self.queue.collect()
+        if not done:
+            return 0, 0
         worst = 0
         shared, statuses, written, expected = self._memory.bytes, self._statuses, self.queue.written, self._expected
+        owners, contents = self._owners, self._contents
         for slot in done:
             status = shared[statuses[slot]]  # read once
             if status or written[slot] != expected[slot]:
                 worst = max(worst, self._judge(status, written[slot]))
             elif results is not None:
-                start = self._data[slot]
-                results[self._owners[slot]] = shared[start : start + expected[slot] - 1].tobytes()
+                results[owners[slot]] = contents[slot].tobytes()
             (self._large if slot < self._boundary else self._small).append(slot)
         return len(done), worst
 
