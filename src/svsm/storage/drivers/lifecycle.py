@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """The life of a disk behind request queues in shared memory: what its driver does whatever the queues look like.
 
-Theory. A call is checked whole, cut into pieces that fit a buffer, and returns when the last piece is done, in whatever
-order the device likes. Nothing is in flight between calls. The first thing that the device cannot mean, a missed
+Theory. A call is checked whole (a long read: while its first pieces are on their way), cut into pieces that fit a
+buffer, and returns when the last piece is done, in whatever order the device likes. Nothing is in flight between calls. The first thing that the device cannot mean, a missed
 deadline or a bad status register kills the device: the call ends with ``block-io`` (its `violation` names the code), so
 does every later one, and its memory stays lent. Starting again resets the device and uses the other half of the memory,
 so that a device which is merely slow writes into a half that nobody reads. If writes had been accepted since the last
