@@ -16,22 +16,28 @@ def _make(part: str, module: str, field: str, threat: str, check: str, without: 
 
 
 _line = functools.partial(_make, "Both devices: bring-up, buffers, time", "virtio_line")
+_bring_up = functools.partial(
+    _make,
+    "Both devices: bring-up, buffers, time",
+    "svsm.storage.drivers.virtio.transport",
+    target="console-device",
+)
 _console = functools.partial(_make, "Console: ports and control messages", "virtio_console")
 _packet = functools.partial(_make, "Socket device: packets and credit", "vsock_connection")
 _device = functools.partial(_make, "Socket device: configuration, events, answers", "vsock")
 
 ROWS: Final[tuple[Row, ...]] = (
-    _line(
+    _bring_up(
         "DeviceID",
         "be another device than the one that was announced",
-        "        if transport.device_type != device_type:\n",
-        "        if False:\n",
+        "    if transport.device_type != device_type:\n",
+        "    if False:\n",
     ),
-    _line(
+    _bring_up(
         "features: VERSION_1, ACCESS_PLATFORM",
         "reach memory past the rules that a confidential VM needs",
-        "        if missing:\n",
-        "        if False:\n",
+        "    if missing:\n",
+        "    if False:\n",
     ),
     _line(
         "len of a filled buffer, above what was written",

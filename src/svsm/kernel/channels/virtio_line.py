@@ -18,14 +18,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from svsm.abi.errors import BackendError, ProtocolError, StateError, SvsmError
+from svsm.abi.errors import BackendError, StateError, SvsmError
 from svsm.formats.record import Buffer
 from svsm.formats.virtio import DeviceType, Feature
 from svsm.storage.drivers.dma import HAS_FENCE, PAGE_BYTES, DmaMemory
 from svsm.storage.drivers.virtio.packed import PackedQueue
 from svsm.storage.drivers.virtio.queue import QueueShape, Segment, VirtQueue
 from svsm.storage.drivers.virtio.split import SplitQueue
-from svsm.storage.drivers.virtio.transport import Transport
+from svsm.storage.drivers.virtio.transport import Transport, negotiate
 
 __all__ = ["Inbox", "LinePolicy", "Outbox", "VirtioLine", "line_memory_bytes"]
 
@@ -198,31 +198,12 @@ class VirtioLine:
             raise
 
     def _negotiate(self, device_type: DeviceType, wanted: int) -> int:
-        transport = self.transport
-        if transport.device_type != device_type:
-            raise ProtocolError(
-                "the device is none for this channel",
-                code="virtio-device-type",
-                expected=device_type,
-                got=transport.device_type,
-            )
-        transport.reset(deadline=self.clock() + self.policy.start_seconds)
-        self._memory.release_all()
-        offered = transport.features()
-        missing = transport.mandatory_features & ~offered
-        if missing:
-            raise ProtocolError(
-                "the device does not offer what a confidential VM needs",
-                code="virtio-features-missing",
-                hint="QEMU: iommu_platform=on, and the modern interface",
-                expected=transport.mandatory_features,
-                got=offered,
-            )
-        wanted |= int(Feature.VERSION_1 | Feature.ACCESS_PLATFORM)
         wanted |= int(Feature.RING_PACKED) if self.policy.packed else 0
         wanted |= int(Feature.EVENT_IDX) if self.policy.event_idx else 0
-        transport.accept(offered & wanted)
-        return offered & wanted
+        deadline = self.clock() + self.policy.start_seconds
+        features = negotiate(self.transport, device_type, wanted, deadline=deadline)
+        self._memory.release_all()
+        return features
 
     def _queue(self, index: int, most: int) -> VirtQueue:
         packed = bool(self.features & Feature.RING_PACKED)

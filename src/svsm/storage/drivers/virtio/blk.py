@@ -28,7 +28,7 @@ from svsm.storage.drivers.virtio.blk_lane import BATCH, CHAIN, Lane, LaneShape
 from svsm.storage.drivers.virtio.packed import PackedQueue
 from svsm.storage.drivers.virtio.queue import QueueShape, VirtQueue
 from svsm.storage.drivers.virtio.split import SplitQueue
-from svsm.storage.drivers.virtio.transport import Transport
+from svsm.storage.drivers.virtio.transport import Transport, negotiate
 
 __all__ = ["BlkPolicy", "VirtioBlk", "memory_bytes"]
 
@@ -144,21 +144,7 @@ class VirtioBlk(QueuedDisk[Geometry]):
 
     def _bring_up(self, memory: DmaMemory) -> Geometry:
         transport, policy = self._transport, self._policy
-        if transport.device_type != DeviceType.BLOCK:
-            raise ProtocolError("the device is no disk", code="virtio-device-type", got=transport.device_type)
-        transport.reset(deadline=self._deadline())
-        offered = transport.features()
-        missing = transport.mandatory_features & ~offered
-        if missing:
-            raise ProtocolError(
-                "the device does not offer what a confidential VM needs",
-                code="virtio-features-missing",
-                hint="QEMU: iommu_platform=on, and the modern interface",
-                expected=transport.mandatory_features,
-                got=offered,
-            )
-        self.features = offered & (transport.mandatory_features | self._wanted())
-        transport.accept(self.features)
+        self.features = negotiate(transport, DeviceType.BLOCK, self._wanted(), deadline=self._deadline())
         geometry = parse_geometry(transport.configuration(0, CONFIG_BYTES), self.features)
         self._memory = memory
         self._buffers = LaneShape(
@@ -175,8 +161,7 @@ class VirtioBlk(QueuedDisk[Geometry]):
     def _wanted(self) -> int:
         wanted = BlkFeature.SIZE_MAX | BlkFeature.SEG_MAX | BlkFeature.RO | BlkFeature.BLK_SIZE | BlkFeature.FLUSH
         wanted |= BlkFeature.DISCARD | BlkFeature.WRITE_ZEROES
-        bits = int(wanted) | int(Feature.VERSION_1 | Feature.ACCESS_PLATFORM)
-        policy = self._policy
+        bits, policy = int(wanted), self._policy
         for use, bit in (
             (policy.queues > 1, BlkFeature.MQ),
             (policy.packed, Feature.RING_PACKED),

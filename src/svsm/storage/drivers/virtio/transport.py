@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """What a virtio transport offers a driver: features, queues, configuration, kicks and wake-ups.
 
-A driver goes through it in one order: `reset`, `features`, `accept`, then for every queue `queue_size` and
-`activate`, then `start`. From there on `notify`, `wait`, `take_events`, `check`. Every number that comes out of the
-device is hostile: transports judge those that are theirs (sizes, status, generations), drivers the rest.
+A driver goes through it in one order: `reset`, `features`, `accept` (`negotiate` is these three), then for every
+queue `queue_size` and `activate`, then `start`. From there on `notify`, `wait`, `take_events`, `check`. Every number
+that comes out of the device is hostile: transports judge those that are theirs (sizes, status, generations), drivers
+the rest.
 
 Time is an argument: a `deadline` is a value of the clock that the driver and its transport share
 (`time.monotonic`, or a test's). No call outlives its deadline, whatever the device does.
@@ -14,9 +15,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Protocol
 
-from svsm.formats.virtio import Feature, QueueAddresses
+from svsm.formats.errors import ProtocolError
+from svsm.formats.virtio import DeviceType, Feature, QueueAddresses
 
-__all__ = ["PROTECTED", "Events", "Transport"]
+__all__ = ["PROTECTED", "Events", "Transport", "negotiate"]
 
 PROTECTED = int(Feature.VERSION_1 | Feature.ACCESS_PLATFORM)
 """What a device of a confidential VM must offer: the modern layout, and that it reaches only what is shared."""
@@ -100,3 +102,42 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Let go. Does not raise, does not reset."""
+
+
+def negotiate(transport: Transport, device_type: DeviceType, wanted: int, *, deadline: float) -> int:
+    """Reset a device and agree with it on features (VIRTIO 1.2 §3.1.1, steps 1 to 6).
+
+    Args:
+        transport: To the device.
+        device_type: What it has to be.
+        wanted: Feature bits that are used where they are offered, beside those of `PROTECTED`.
+        deadline: For the device to take its reset.
+
+    Returns:
+        The features agreed upon.
+
+    Raises:
+        ProtocolError: ``virtio-device-type``, ``virtio-features-missing``, and those of the transport.
+        BackendError: The transport failed.
+    """
+    if transport.device_type != device_type:
+        raise ProtocolError(
+            "the device is of another kind",
+            code="virtio-device-type",
+            expected=device_type,
+            got=transport.device_type,
+        )
+    transport.reset(deadline=deadline)
+    offered = transport.features()
+    missing = transport.mandatory_features & ~offered
+    if missing:
+        raise ProtocolError(
+            "the device does not offer what a confidential VM needs",
+            code="virtio-features-missing",
+            hint="QEMU: iommu_platform=on, and the modern interface",
+            expected=transport.mandatory_features,
+            got=offered,
+        )
+    features = offered & (transport.mandatory_features | PROTECTED | wanted)
+    transport.accept(features)
+    return features
