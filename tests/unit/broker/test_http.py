@@ -343,7 +343,10 @@ def test_stop_ends_open_connections(desk: Desk) -> None:
     thread = threading.Thread(target=server.run)
     thread.start()
     connection = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=5)
-    time.sleep(0.05)
+    deadline = time.monotonic() + 30
+    while not server._open:  # accepted, and served by a thread that waits for its request
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
     server.stop()
     thread.join(timeout=5)
     assert not thread.is_alive()

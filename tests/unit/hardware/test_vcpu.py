@@ -60,6 +60,17 @@ def jump(address: int) -> bytes:
     return b"\x48\xbb" + struct.pack("<Q", address) + b"\xff\xe3"
 
 
+def start_counting(rig: VcpuRig, counter: int, body: bytes = b"", **changes: int) -> None:
+    """Start `again: inc qword [rcx]; body; jmp again`, and wait until it counts: then it is known to run."""
+    again = b"\x48\xff\x01" + body
+    rig.poke(CODE, again + b"\xeb" + struct.pack("<b", -len(again) - 2))
+    rig.start(registers(rcx=counter, **changes), time_limit_us=0)
+    deadline = time.monotonic() + 30
+    while rig.peek(counter, 8) == bytes(8):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 # --- exits and registers -----------------------------------------------------------------------------------------
 
 
@@ -408,9 +419,7 @@ def test_a_stopped_guest_goes_on(rig: VcpuRig) -> None:
 
 
 def test_stop(rig: VcpuRig) -> None:
-    rig.poke(CODE, FOREVER)
-    rig.start(registers(), time_limit_us=0)
-    time.sleep(0.01)
+    start_counting(rig, DATA)
     rig.stop()
     assert rig.exit().exit_code == ExitCode.INTR
 
@@ -432,12 +441,7 @@ def test_stop_ends_a_guest_made_of_new_msr_sites(rig: VcpuRig) -> None:
 
 
 def test_unmap_reaches_a_running_guest(rig: VcpuRig) -> None:
-    # mov rbx, DATA; loop: inc qword [rbx]; jmp loop
-    rig.poke(CODE, b"\x48\xbb" + struct.pack("<Q", DATA) + b"\x48\xff\x03" + b"\xeb\xfb")
-    rig.start(registers(), time_limit_us=0)
-    deadline = time.monotonic() + 5
-    while rig.peek(DATA, 8) == bytes(8) and time.monotonic() < deadline:
-        time.sleep(0.001)
+    start_counting(rig, DATA)
     rig.unmap(DATA, 0x1000)
     after = rig.peek(DATA, 8)
     assert after != bytes(8)
@@ -447,10 +451,8 @@ def test_unmap_reaches_a_running_guest(rig: VcpuRig) -> None:
 
 
 def test_map_reaches_a_running_guest_that_goes_on(rig: VcpuRig) -> None:
-    rig.poke(CODE, b"\x48\xbb" + struct.pack("<Q", DATA) + b"\x80\x3b\x00" + b"\x74\xfb" + HLT)  # until [DATA] != 0
     rig.poke(DATA, b"\x01", Memory.SHARED)
-    rig.start(registers(), time_limit_us=0)
-    time.sleep(0.01)
+    start_counting(rig, DATA + 0x1000, b"\x80\x3b\x00" + b"\x74\x01" + HLT, rbx=DATA)  # until [rbx] != 0
     rig.map(DATA, 0x1000, Memory.SHARED)
     assert rig.exit().exit_code == ExitCode.HLT
 
@@ -461,9 +463,7 @@ def test_map_reaches_a_running_guest_that_goes_on(rig: VcpuRig) -> None:
 def test_hanging_up_ends_a_running_guest() -> None:
     rig = VcpuRig()
     rig.map(GUEST, GUEST_BYTES)
-    rig.poke(CODE, FOREVER)
-    rig.start(registers(), time_limit_us=0)
-    time.sleep(0.01)
+    start_counting(rig, DATA)
     rig.close()
     assert rig.failure is None
 
