@@ -27,7 +27,7 @@ from svsm.testing.hostile.attacks import ATTACKS
 from svsm.testing.hostile.catalogue import SURVIVED, Attack, dead, refused
 from svsm.testing.hostile.device import HostileBlk
 from svsm.testing.hostile.mixture import Decisions, message_mixture, mixture
-from svsm.testing.hostile.trial import Kind, Outcome, Trial, TrialError
+from svsm.testing.hostile.trial import Kind, Outcome, Trial, TrialError, carry_out
 from svsm.testing.hostile.vhost_user_attacks import MessageAttack
 from svsm.testing.vhost_user_backend import Backend
 from svsm.testing.virtio_harness import Clock, InlineRegisters, Machine, disk_file
@@ -110,7 +110,7 @@ class VhostUserTrial(Trial):
     message: MessageAttack | None = None
 
     def start(self) -> None:
-        """Make both sides. Raises what the driver raises."""
+        """Make both sides. Raises what the driver raises, or what was found meanwhile."""
         self._began = time.monotonic()
         self.findings: list[BaseException] = []
         self._descriptor = disk_file(_DISK_BYTES, bytes(self.content))
@@ -123,9 +123,11 @@ class VhostUserTrial(Trial):
         self._policy = dataclasses.replace(self._policy, deadline_seconds=self.deadline_seconds, rekick_seconds=0.02)
         try:
             driver, memory = self._connect()
-        except SvsmError:
+        except SvsmError as error:
             self.backend.join()
             os.close(self._descriptor)
+            if self.findings:  # else they would count as a refusal
+                raise self.findings[0] from error
             raise
         clock = Clock()
         registers = InlineRegisters(self.device, clock)
@@ -225,13 +227,13 @@ def run(attack: Attack | MessageAttack, ring: str) -> Outcome:
             trial.deadline_seconds = attack.deadline_seconds
             if attack.expected.kind is Kind.REFUSED:
                 trial.answer_seconds = attack.deadline_seconds
-        return _carry_out(trial, attack.after)
+        return carry_out(trial, attack.after)
     trial = VhostUserTrial(
         attack.install, ring, options=attack.options, queues=attack.queues, memory_type=attack.memory_type
     )
     if expected(attack, ring).code == "virtio-timeout":
         trial.deadline_seconds = _SHORT_DEADLINE_SECONDS
-    return _carry_out(trial, attack.after)
+    return carry_out(trial, attack.after)
 
 
 def run_mixture(data: bytes, ring: str, *, rounds: int = 0) -> Outcome:
@@ -247,24 +249,4 @@ def run_mixture(data: bytes, ring: str, *, rounds: int = 0) -> Outcome:
     trial = VhostUserTrial(mixture(data[2:], rounds=rounds) if device else lambda device: None, ring)
     trial.message = MessageAttack(34, "a mixture", SURVIVED, script=lambda: message_mixture(data[2:], rounds=messages))
     trial.deadline_seconds = trial.answer_seconds = _SHORT_DEADLINE_SECONDS
-    return _carry_out(trial, None)
-
-
-def _carry_out(trial: VhostUserTrial, after: Callable[..., None] | None) -> Outcome:
-    try:
-        trial.start()
-    except SvsmError as error:
-        if trial.findings:
-            raise trial.findings[0] from error
-        return Outcome(Kind.REFUSED, error.code)
-    try:
-        trial.work()
-        if after is not None:
-            after(trial)
-        outcome = trial.outcome()
-        if outcome.kind is Kind.DEAD:
-            trial.deadline_seconds = _DEADLINE_SECONDS
-            trial.revive()
-        return outcome
-    finally:
-        trial.close()
+    return carry_out(trial, None)

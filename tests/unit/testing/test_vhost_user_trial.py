@@ -7,9 +7,10 @@ import pytest
 
 from svsm.storage.drivers.virtio.split import SplitQueue
 from svsm.testing.hostile.attacks import ATTACKS
+from svsm.testing.hostile.catalogue import refused
 from svsm.testing.hostile.matrix import Cell, cells
 from svsm.testing.hostile.trial import TrialError
-from svsm.testing.hostile.vhost_user_attacks import MESSAGE_ATTACKS
+from svsm.testing.hostile.vhost_user_attacks import MESSAGE_ATTACKS, MessageAttack
 from svsm.testing.vhost_user_trial import CASES, DIFFERENT, IMPOSSIBLE, expected, run
 
 CELLS = [pytest.param(cell, id=f"{cell.number}-{cell.name}-{cell.ring}") for cell in cells("vhost-user")]
@@ -33,6 +34,20 @@ def test_every_case_is_there_or_says_why_not() -> None:
     assert {attack.name for attack in CASES} == names - set(IMPOSSIBLE)
     own = [attack.name for attack in MESSAGE_ATTACKS]
     assert len(set(own)) == len(own)
+
+
+def test_what_is_found_before_the_driver_refuses_is_not_lost() -> None:
+    code = "vhost-user-features"
+    assert run(MessageAttack(15, "honest refusal", refused(code), protocol_features=0), "split") == refused(code)
+    found = MessageAttack(
+        15,
+        "a finding, then a refusal",
+        refused(code),
+        protocol_features=0,
+        prepare=lambda trial: trial.findings.append(TrialError("found")),
+    )
+    with pytest.raises(TrialError, match="found"):
+        run(found, "split")
 
 
 def believe(queue: SplitQueue) -> list[int]:
