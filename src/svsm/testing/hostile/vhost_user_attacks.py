@@ -30,7 +30,7 @@ from svsm.testing.vhost_user_backend import PROTOCOL_FEATURES, Conversation, Scr
 if TYPE_CHECKING:
     from svsm.testing.vhost_user_trial import VhostUserTrial
 
-__all__ = ["LIES", "MESSAGE_ATTACKS", "Liar", "MessageAttack"]
+__all__ = ["LIES", "MESSAGE_ATTACKS", "Liar", "MessageAttack", "lie"]
 
 _DRIP_SECONDS: Final = 0.05
 _SHORT_SECONDS: Final = 0.4
@@ -42,7 +42,13 @@ Liar = Callable[[Request], Script]
 """Which answer is replaced → the script that does it."""
 
 
-def _lie(change: Callable[[Conversation, bytes], bytes]) -> Liar:
+def lie(change: Callable[[Conversation, bytes], bytes]) -> Liar:
+    """Put something in the place of an answer.
+
+    Args:
+        change: (conversation, the honest answer) → the bytes to send.
+    """
+
     def make(target: Request) -> Script:
         def script(conversation: Conversation, request: Request, honest: bytes) -> bytes:
             # Where nothing is answered there is nothing to replace.
@@ -55,7 +61,7 @@ def _lie(change: Callable[[Conversation, bytes], bytes]) -> Liar:
 
 def _word(position: int, value: int) -> Liar:
     """One of the header's three words is another."""
-    return _lie(lambda _, honest: honest[: 4 * position] + value.to_bytes(4, "little") + honest[4 * position + 4 :])
+    return lie(lambda _, honest: honest[: 4 * position] + value.to_bytes(4, "little") + honest[4 * position + 4 :])
 
 
 def _resized(honest: bytes, by: int) -> bytes:
@@ -70,7 +76,7 @@ def _closing(keep: int) -> Liar:
         conversation.socket.shutdown(socket.SHUT_RDWR)
         raise EOFError
 
-    return _lie(change)
+    return lie(change)
 
 
 def _drip(conversation: Conversation, honest: bytes) -> bytes:
@@ -95,18 +101,18 @@ LIES: Final[dict[str, tuple[Liar, str]]] = {
     "answers in version 2": (_word(1, 2 | HeaderFlag.REPLY), "vhost-user-reply"),
     "answers without the reply flag": (_word(1, 1), "vhost-user-reply"),
     "answers with flags that nobody knows": (_word(1, 1 << 31 | 5), "vhost-user-reply"),
-    "answers with a payload too long": (_lie(lambda _, honest: _resized(honest, 1)), "vhost-user-reply"),
-    "answers with a payload too short": (_lie(lambda _, honest: _resized(honest, -1)), "vhost-user-reply"),
+    "answers with a payload too long": (lie(lambda _, honest: _resized(honest, 1)), "vhost-user-reply"),
+    "answers with a payload too short": (lie(lambda _, honest: _resized(honest, -1)), "vhost-user-reply"),
     "announces 4 GiB of payload": (_word(2, 0xFFFF_FFFF), "vhost-user-reply"),
-    "answers twice": (_lie(lambda _, honest: honest + honest), "vhost-user-reply"),
-    "floods": (_lie(lambda _, honest: bytes(1 << 20)), "vhost-user-reply"),
-    "sends descriptors": (_lie(_with_descriptors), "vhost-user-reply"),
+    "answers twice": (lie(lambda _, honest: honest + honest), "vhost-user-reply"),
+    "floods": (lie(lambda _, honest: bytes(1 << 20)), "vhost-user-reply"),
+    "sends descriptors": (lie(_with_descriptors), "vhost-user-reply"),
     "closes instead of answering": (_closing(0), "vhost-user-gone"),
     "closes in the header": (_closing(7), "vhost-user-gone"),
     "closes in the payload": (_closing(13), "vhost-user-gone"),
-    "does not answer": (_lie(lambda _, honest: b""), "vhost-user-timeout"),
-    "answers half": (_lie(lambda _, honest: honest[:-1]), "vhost-user-timeout"),
-    "answers one byte at a time": (_lie(_drip), "vhost-user-timeout"),
+    "does not answer": (lie(lambda _, honest: b""), "vhost-user-timeout"),
+    "answers half": (lie(lambda _, honest: honest[:-1]), "vhost-user-timeout"),
+    "answers one byte at a time": (lie(_drip), "vhost-user-timeout"),
 }
 """By what the back-end does: how, and the code that must come of it."""
 

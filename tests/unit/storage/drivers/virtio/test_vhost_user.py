@@ -23,7 +23,6 @@ from hypothesis import strategies as st
 from svsm.abi.block import BlockDevice
 from svsm.formats.errors import BackendError, ProtocolError, StateError, SvsmError
 from svsm.formats.vhost_user import (
-    HeaderFlag,
     ProtocolFeature,
     Request,
     U64Payload,
@@ -38,6 +37,8 @@ from svsm.storage.drivers.virtio.blk import BlkPolicy, VirtioBlk, memory_bytes
 from svsm.storage.drivers.virtio.vhost_user import VhostUserBlk, VhostUserTransport, open_vhost_user
 from svsm.storage.drivers.virtio.vhost_user_socket import SharedMemory, connect
 from svsm.testing.block_conformance import CHECKS, SIZE_BYTES, Check, Subject, initial_content
+from svsm.testing.hostile.vhost_user_attacks import LIES as CATALOGUE
+from svsm.testing.hostile.vhost_user_attacks import Liar, lie
 from svsm.testing.vhost_user_backend import PROTOCOL_FEATURES, Backend, Conversation, Script, reply
 from svsm.testing.virtio_harness import SMALL_POLICY, disk_file
 
@@ -215,8 +216,8 @@ def test_nothing_is_left_open(bench: Bench) -> None:
         driver.close()
         backend.join()
         del driver  # the mapping goes with it
-    for lie in ("silence", "nack", "descriptors"):
-        backend.script = LIES[lie](Request.SET_VRING_ADDR)
+    for name in ("does not answer", "refuses", "sends descriptors"):
+        backend.script = LIES[name](Request.SET_VRING_ADDR)
         with pytest.raises(SvsmError):
             VhostUserBlk(backend.endpoint, policy=POLICY, answer_seconds=ANSWER_SECONDS)
         backend.join()
@@ -226,75 +227,15 @@ def test_nothing_is_left_open(bench: Bench) -> None:
 
 # ---- hostile --------------------------------------------------------------------------------------------------------
 
-Liar = Callable[[Request], Script]
 
-
-def _lie(change: Callable[[Conversation, bytes], bytes]) -> Liar:
-    def make(target: Request) -> Script:
-        def script(conversation: Conversation, request: Request, honest: bytes) -> bytes:
-            return change(conversation, honest) if request is target else honest
-
-        return script
-
-    return make
-
-
-def _word(position: int, value: int) -> Liar:
-    def change(_: Conversation, honest: bytes) -> bytes:
-        return honest[: 4 * position] + value.to_bytes(4, "little") + honest[4 * position + 4 :]
-
-    return _lie(change)
-
-
-def _closing(keep: int) -> Liar:
-    def change(conversation: Conversation, honest: bytes) -> bytes:
-        conversation.socket.sendall(honest[:keep])
-        conversation.socket.shutdown(socket.SHUT_RDWR)
-        raise EOFError
-
-    return _lie(change)
-
-
-def _drip(conversation: Conversation, honest: bytes) -> bytes:
-    for at in range(len(honest)):
-        conversation.socket.sendall(honest[at : at + 1])
-        time.sleep(ANSWER_SECONDS / 4)
-    return b""
-
-
-def _with_descriptors(conversation: Conversation, honest: bytes) -> bytes:
-    read, write = os.pipe()
-    with contextlib.suppress(OSError):
-        socket.send_fds(conversation.socket, [honest], [read, write])
-    os.close(read)
-    os.close(write)
-    return b""
-
-
-def _nack(_: Conversation, honest: bytes) -> bytes:
+def _refuse(_: Conversation, honest: bytes) -> bytes:
     return honest[:12] + U64Payload(1).pack()
 
 
 LIES: dict[str, Liar] = {
-    "another-request": _word(0, 77),
-    "version-0": _word(1, int(HeaderFlag.REPLY)),
-    "version-2": _word(1, 2 | HeaderFlag.REPLY),
-    "no-reply-flag": _word(1, 1),
-    "more-flags": _word(1, 1 << 31 | 5),
-    "no-payload": _lie(lambda _, honest: honest[:8] + bytes(4)),
-    "longer": _lie(lambda _, honest: honest[:8] + (len(honest) - 11).to_bytes(4, "little") + honest[12:] + b"x"),
-    "shorter": _lie(lambda _, honest: honest[:8] + (len(honest) - 13).to_bytes(4, "little") + honest[12:-1]),
-    "endless": _word(2, 0xFFFF_FFFF),
-    "more-behind": _lie(lambda _, honest: honest + honest),
-    "closed": _closing(0),
-    "closed-in-header": _closing(7),
-    "closed-in-payload": _closing(13),
-    "silence": _lie(lambda _, honest: b""),
-    "half": _lie(lambda _, honest: honest[:-1]),
-    "drip": _lie(_drip),
-    "descriptors": _lie(_with_descriptors),
-    "nack": _lie(_nack),
-    "flood": _lie(lambda _, honest: bytes(1 << 20)),
+    **{name: liar for name, (liar, _) in CATALOGUE.items()},
+    "leaves the payload out": lie(lambda _, honest: honest[:8] + bytes(4)),
+    "refuses": lie(_refuse),
 }
 CODES = {
     "vhost-user-reply",
@@ -308,9 +249,9 @@ CODES = {
 }
 MEANT_OTHERWISE = {
     # A number in a GET's answer is no refusal, and 1 is a possible one.
-    ("nack", Request.GET_QUEUE_NUM),
-    ("nack", Request.GET_VRING_BASE),
-    ("nack", Request.GET_CONFIG),
+    ("refuses", Request.GET_QUEUE_NUM),
+    ("refuses", Request.GET_VRING_BASE),
+    ("refuses", Request.GET_CONFIG),
 }
 
 
@@ -328,14 +269,12 @@ def _attack(bench: Bench, backend: Backend, seconds: float = ANSWER_SECONDS) -> 
     transport.check()
 
 
-@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize("name", LIES)
 @pytest.mark.parametrize("target", Request)
-def test_a_wrong_answer_to_each_message(bench: Bench, target: Request, lie: str) -> None:
-    if target is Request.SET_PROTOCOL_FEATURES and lie not in ("closed", "flood"):
-        return  # acknowledgements are agreed by it, so it has none itself
-    if (lie, target) in MEANT_OTHERWISE:
+def test_a_wrong_answer_to_each_message(bench: Bench, target: Request, name: str) -> None:
+    if target is Request.SET_PROTOCOL_FEATURES or (name, target) in MEANT_OTHERWISE:
         return
-    backend = bench.backend(LIES[lie](target))
+    backend = bench.backend(LIES[name](target))
     began = time.monotonic()
     with pytest.raises(SvsmError) as caught:
         _attack(bench, backend)
@@ -343,6 +282,24 @@ def test_a_wrong_answer_to_each_message(bench: Bench, target: Request, lie: str)
     found = caught.value.details.get("violation", caught.value.code)
     assert found in CODES or (target is Request.GET_CONFIG and found == "virtio-blk-geometry")
     assert time.monotonic() - began < 5.0, "no exchange outlives its deadline"
+
+
+def _hang_up() -> bytes:
+    raise EOFError
+
+
+@pytest.mark.parametrize(
+    ("say", "code"), [(_hang_up, "vhost-user-gone"), (lambda: bytes(1 << 20), "vhost-user-reply")], ids=["end", "flood"]
+)
+def test_where_no_answer_belongs(bench: Bench, say: Callable[[], bytes], code: str) -> None:
+    """Acknowledgements are agreed by SET_PROTOCOL_FEATURES, so it has none itself."""
+
+    def script(_: Conversation, request: Request, honest: bytes) -> bytes:
+        return say() if request is Request.SET_PROTOCOL_FEATURES else honest
+
+    with pytest.raises(SvsmError) as caught:
+        _attack(bench, bench.backend(script))
+    assert caught.value.code == code
 
 
 @pytest.mark.parametrize(
