@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
 from svsm.cli.volume.words import BLOCKS
-from svsm.formats.errors import BackendError, FormatError, PolicyError, StateError
+from svsm.formats.errors import BackendError, FormatError, StateError
 
 if TYPE_CHECKING:
     from svsm.abi.block import BlockDevice
@@ -69,7 +69,8 @@ def key(arguments: argparse.Namespace, *, new: bool = False) -> bytes | None:
     """The volume key from --key-file or --key-fd (or the new one); None where neither was given.
 
     Raises:
-        PolicyError: ``volume-key-file``.
+        BackendError: ``volume-key-file``: it cannot be read.
+        FormatError: ``volume-key-file``: it is empty or too long.
     """
     path: str | None = arguments.new_key_file if new else arguments.key_file
     descriptor: int | None = arguments.new_key_fd if new else arguments.key_fd
@@ -78,11 +79,19 @@ def key(arguments: argparse.Namespace, *, new: bool = False) -> bytes | None:
     try:
         data = _all_of(descriptor) if path is None else _beginning(path)
     except OSError as error:
-        raise PolicyError(
-            f"cannot read the key: {error.strerror}", code="volume-key-file", source=path or f"descriptor {descriptor}"
+        raise BackendError(
+            f"cannot read the key: {error.strerror}",
+            code="volume-key-file",
+            hint="--key-file names a file with the key, --key-fd a descriptor that is open for reading",
+            source=path or f"descriptor {descriptor}",
         ) from error
     if not data or len(data) > _MAX_KEY_BYTES:
-        raise PolicyError("the key is empty or too long", code="volume-key-file", got=len(data))
+        raise FormatError(
+            "the key is empty or too long",
+            code="volume-key-file",
+            hint=f"a key has 1 to {_MAX_KEY_BYTES} raw bytes, or their hexadecimal digits",
+            got=len(data),
+        )
     digits = data.strip()
     if digits and len(digits) % 2 == 0 and set(digits) <= _HEX:
         return bytes.fromhex(digits.decode())
@@ -108,11 +117,12 @@ def needed_key(arguments: argparse.Namespace, *, new: bool = False) -> bytes:
     """The same where there must be one: the parser sees to that.
 
     Raises:
-        PolicyError: ``volume-key-file``.
+        StateError: ``volume-key-file``: there is none.
+        BackendError, FormatError: As `key`.
     """
     found = key(arguments, new=new)
     if found is None:
-        raise PolicyError("there is no key", code="volume-key-file", hint="give --key-file or --key-fd")
+        raise StateError("there is no key", code="volume-key-file", hint="give --key-file or --key-fd")
     return found
 
 

@@ -180,18 +180,22 @@ def _from_words(text: str) -> _Operation:
     raise _wrong("unknown, or the wrong number of words")
 
 
-def _lines(file: BinaryIO, limit_bytes: int) -> Iterator[tuple[int, str]]:
-    number = 0
-    while line := file.readline(limit_bytes + 1):
-        number += 1
-        if len(line) > limit_bytes:
-            raise _wrong(f"line {number} is longer than the volume could hold")
-        try:
-            text = line.decode().strip()
-        except UnicodeDecodeError as error:
-            raise _wrong(f"line {number} is not UTF-8") from error
-        if text and not text.startswith("#"):
-            yield number, text
+def _lines(file: BinaryIO, limit_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """Numbers and lines; of a line that is too long, the limit and a byte, so that memory is not asked for it."""
+    return enumerate(iter(lambda: file.readline(limit_bytes + 1), b""), 1)
+
+
+def _operation(line: bytes, limit_bytes: int) -> _Operation | None:
+    """What a line asks for; None where it is empty or a comment."""
+    if len(line) > limit_bytes:
+        raise _wrong("it is longer than the volume could hold")
+    try:
+        text = line.decode().strip()
+    except UnicodeDecodeError as error:
+        raise _wrong("it is not UTF-8") from error
+    if not text or text.startswith("#"):
+        return None
+    return _from_json(text) if text.startswith("{") else _from_words(text)
 
 
 class _Batch:
@@ -239,14 +243,18 @@ def _batch(arguments: argparse.Namespace) -> int:
     with access.changing(arguments) as volume:
         batch = _Batch(volume, every=arguments.commit_every, force=arguments.force)
         try:
+            limit = 2 * volume.size_bytes + _LINE_OVERHEAD
             with access.opened_input(arguments.source) as file:
-                for batch.line, text in _lines(file, 2 * volume.size_bytes + _LINE_OVERHEAD):
-                    batch.run(_from_json(text) if text.startswith("{") else _from_words(text))
+                for batch.line, line in _lines(file, limit):
+                    if (operation := _operation(line, limit)) is not None:
+                        batch.run(operation)
             batch.commit()
         except SvsmError as error:
             error.details |= {"line": batch.line, "commits": batch.commits}
             raise
         except OSError as error:
-            raise BackendError(f"cannot read the batch: {error.strerror}", code="volume-input") from error
+            raise BackendError(
+                f"cannot read the batch: {error.strerror}", code="volume-input", path=arguments.source
+            ) from error
         _report(arguments, volume, written=batch.done["write"], removed=batch.done["rm"], commits=batch.commits)
     return 0

@@ -168,7 +168,7 @@ def _resize(image: str, size: int | None, device: BlockDevice) -> None:
     try:
         os.truncate(image, size)
     except OSError as error:
-        raise BackendError(f"cannot resize the image: {error.strerror}", code="volume-image") from error
+        raise BackendError(f"cannot resize the image: {error.strerror}", code="volume-image", path=image) from error
     device.poll()
 
 
@@ -182,7 +182,7 @@ def _new_file(image: str, size: int) -> int:
             _forget(image)
             raise
     except OSError as error:
-        raise BackendError(f"cannot make the image: {error.strerror}", code="volume-image") from error
+        raise BackendError(f"cannot make the image: {error.strerror}", code="volume-image", path=image) from error
     return descriptor
 
 

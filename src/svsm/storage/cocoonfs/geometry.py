@@ -17,7 +17,7 @@ from svsm.storage.cocoonfs import integrity
 from svsm.storage.cocoonfs.encoding import Extent
 from svsm.storage.cocoonfs.layout import ImageLayout, MutableHeader, StaticHeader, align_up
 
-__all__ = ["FixedPlaces", "TreeGeometry", "plan_tree"]
+__all__ = ["FixedPlaces", "TreeGeometry", "plan_tree", "too_small"]
 
 _W = 64
 
@@ -39,6 +39,16 @@ def _levels_of(nodes: int, layout: ImageLayout) -> int:
     return min(-(-(bottom - 1).bit_length() // c) + 1, most)
 
 
+def too_small(image_ab: int) -> FormatError:
+    """``cocoonfs-too-small``, of an image of this many allocation blocks."""
+    return FormatError(
+        "the disk is too small for a volume",
+        code="cocoonfs-too-small",
+        hint="64 KiB are enough, but for large blocks or much auxiliary metadata; a size without a unit is in bytes",
+        allocation_blocks=image_ab,
+    )
+
+
 def plan_tree(layout: ImageLayout, image_ab: int) -> tuple[int, int]:
     """How large a tree an image gets.
 
@@ -55,7 +65,7 @@ def plan_tree(layout: ImageLayout, image_ab: int) -> tuple[int, int]:
     c, d = _logs(layout)
     node_ab, data_log2 = layout.node_ab, layout.auth_tree_data_block_allocation_blocks_log2
     if image_ab < node_ab:
-        raise FormatError("the disk is too small for a volume", code="cocoonfs-too-small", got=image_ab)
+        raise too_small(image_ab)
 
     def total(levels: int) -> int:
         return _subtree_nodes(levels, c) * node_ab + (1 << c * (levels - 1) + d + data_log2)

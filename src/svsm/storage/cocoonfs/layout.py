@@ -270,7 +270,12 @@ class StaticHeader(NamedTuple):
             FormatError: ``cocoonfs-no-magic``, ``cocoonfs-header``, ``cocoonfs-layout``, ``cocoonfs-unsupported-…``.
         """
         if head[: len(MAGIC)] != MAGIC:
-            raise FormatError("there is no CocoonFS volume here", code="cocoonfs-no-magic", got=head[: len(MAGIC)])
+            raise FormatError(
+                "there is no CocoonFS volume here",
+                code="cocoonfs-no-magic",
+                hint="check that it is the right disk; `svsm volume create` makes a new volume",
+                got=head[: len(MAGIC)] or "nothing",
+            )
         plain = integrity.tier0(head, section=_STATIC_SECTION, head_skip=_STATIC_SKIP)
         if plain is None:
             raise _bad_header("integrity")

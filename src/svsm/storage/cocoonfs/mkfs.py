@@ -28,7 +28,7 @@ from svsm.storage.cocoonfs.encoding import (
     encode_extents_list,
 )
 from svsm.storage.cocoonfs.entities import Random, encrypt_block
-from svsm.storage.cocoonfs.geometry import TreeGeometry, plan_tree
+from svsm.storage.cocoonfs.geometry import TreeGeometry, plan_tree, too_small
 from svsm.storage.cocoonfs.image import VolumeContext, entry_leaf_mac, preauth_chain
 from svsm.storage.cocoonfs.index import Entry, Leaf, NodeFormat
 from svsm.storage.cocoonfs.keys import COUNTER_DOMAIN, INDEX_DOMAIN
@@ -61,15 +61,6 @@ class _Places(NamedTuple):
     entry_leaf: Extent
     lists: dict[int, Extent]
     used_end: int
-
-
-def _too_small(image_ab: int) -> FormatError:
-    return FormatError(
-        "the disk is too small for a volume",
-        code="cocoonfs-too-small",
-        hint="use a disk of at least 64 KiB, and more with large blocks or much auxiliary metadata",
-        got=image_ab,
-    )
 
 
 def _list_extent(volume: VolumeContext, inode: int, extent: Extent, at: int) -> Extent:
@@ -118,7 +109,7 @@ def _places(volume: VolumeContext, wanted_ab: int, metadata: AuxMetadata) -> _Pl
             lists[inode] = _list_extent(volume, inode, extent, end)
             end = sum(lists[inode])
     if end > image_ab:
-        raise _too_small(image_ab)
+        raise too_small(image_ab)
     return _Places(image_ab, tree, aux, bitmap, (entry, layout.leaf_ab), lists, end)
 
 
@@ -233,7 +224,7 @@ class FormatPlan:
                     return node
                 above.append(node_hash.digest(node, geometry.node_id(level, block) + Subject.TREE_NODE))
             entries = iter(above)
-        raise _too_small(self.at.image_ab)
+        raise too_small(self.at.image_ab)
 
     def _lay_aux(self) -> bytes:
         """Lay out the auxiliary metadata; the pointer pair comes back."""

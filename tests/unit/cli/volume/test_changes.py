@@ -129,8 +129,9 @@ def test_a_wrong_line_undoes_its_commit_and_leaves_those_before(bench: Bench) ->
 )
 def test_hostile_lines(bench: Bench, line: str, code: str) -> None:
     bench.put("in", b"x")
-    bench.put("batch", line.replace("@", f"{bench.folder}/").encode("latin-1"))
-    bench.refused(f"batch @image @batch {KEYED}", code)
+    bench.put("batch", b"# first\n\n" + line.replace("@", f"{bench.folder}/").encode("latin-1"))
+    details = bench.refused(f"batch @image @batch {KEYED}", code)
+    assert (details["line"], details["commits"]) == (3, 0)
 
 
 def test_a_batch_larger_than_the_volume_is_not_read_into_memory(bench: Bench) -> None:

@@ -35,7 +35,7 @@ def test_key_from_a_descriptor(bench: Bench) -> None:
     os.close(write)
     assert bench.run(f"read @image {STATE} --key-fd {read}") == b"state"
     os.close(read)
-    bench.refused(f"read @image {STATE} --key-fd {read}", "volume-key-file", code=3)
+    bench.refused(f"read @image {STATE} --key-fd {read}", "volume-key-file")
 
 
 def test_info_without_a_key_shows_what_everybody_sees(bench: Bench, unchanged: Callable[[], bool]) -> None:
@@ -106,7 +106,8 @@ def test_a_fifo_in_the_place_of_an_image_is_refused_at_once(bench: Bench) -> Non
     ("line", "code", "exit_code"),
     [
         ("ls @image --key-file @wrong", "cocoonfs-authentication", 3),
-        ("ls @image --key-file @none", "volume-key-file", 3),
+        ("ls @image --key-file @none", "volume-key-file", 1),
+        ("ls @image --key-file @empty", "volume-key-file", 1),
         ("ls @none --key-file @key", "volume-image", 1),
         ("ls @ --key-file @key", "block-io", 1),
         ("ls @raw --key-file @key", "cocoonfs-no-magic", 1),
@@ -115,7 +116,15 @@ def test_a_fifo_in_the_place_of_an_image_is_refused_at_once(bench: Bench) -> Non
     ],
 )
 def test_refusals(bench: Bench, line: str, code: str, exit_code: int) -> None:
+    bench.put("empty", b"")
     bench.refused(line, code, code=exit_code)
+
+
+@pytest.mark.parametrize(("data", "got"), [(b"", "nothing"), (b"short", "nothing"), (b"\1" * 512, "01" * 8)])
+def test_what_is_no_volume_says_what_is_there(bench: Bench, data: bytes, got: str) -> None:
+    bench.put("other", data)
+    assert bench.refused("info @other", "cocoonfs-no-magic")["got"] == got
+    assert "hint: " in bench.stderr
 
 
 @pytest.mark.parametrize("length", [0, 30, 100, 512, 40_000])

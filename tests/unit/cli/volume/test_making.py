@@ -73,7 +73,8 @@ def test_nothing_is_overwritten_without_force(bench: Bench) -> None:
         bench.refused(f"{verb} --size 64KiB", "volume-exists")
     bench.refused("create @new --key-file @key", "volume-size")
     bench.refused("create @ --key-file @key --force", "volume-image")
-    bench.refused("create @none/new --size 64KiB --key-file @key", "volume-image")
+    details = bench.refused("create @none/new --size 64KiB --key-file @key", "volume-image")
+    assert details["path"] == f"{bench.folder}/none/new"
     bench.run("create @image --size 32KiB --key-file @raw --force")
     assert bench.image.stat().st_size == 32 << 10
     assert bench.files() == {}
@@ -88,6 +89,13 @@ def test_a_volume_that_does_not_fit_leaves_no_file(bench: Bench) -> None:
     assert not (bench.folder / "new").exists()
     bench.run("create @new --size 64KiB --io-block 128 --ignore-block-size --key-file @key")
     assert bench.files("new") == {}
+
+
+@pytest.mark.parametrize("size", ["0", "5", "1000", "1KiB"])
+@pytest.mark.parametrize("verb", ["create @new --key-file @key", "provision @new"])
+def test_a_size_that_is_too_small_gets_a_hint(bench: Bench, verb: str, size: str) -> None:
+    bench.refused(f"{verb} --size {size}", "cocoonfs-too-small")
+    assert "hint: " in bench.stderr
 
 
 def test_a_disk_in_use_is_refused(bench: Bench) -> None:
