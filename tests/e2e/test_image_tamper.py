@@ -207,6 +207,7 @@ def test_an_image_that_is_not_there_is_an_error(used: Vm, place: Path) -> None:
     with used.twin().boot(image=place / "none") as instance:
         ended = instance.ended()
     assert (ended.exit_code, ended.code) == (1, "boot-image")
+    assert "check the path" in ended.hint
 
 
 @pytest.mark.long

@@ -117,6 +117,7 @@ def _io(error: OSError, path: Path) -> BackendError:
     return BackendError(
         f"the broker's state cannot be used: {error.strerror}",
         code="broker-state-io",
+        hint="name a directory that the broker's user may write, on a disk with room and with hard links, with --state",
         path=str(path),
         errno=error.errno,
     )

@@ -197,12 +197,13 @@ def read_broker_key(path: Path) -> bytes:
 
     from svsm.formats.errors import FormatError
 
+    hint = "`svsm broker key` prints the one to give"
     try:
         key = load_pem_public_key(_read(path))
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise FormatError("the file is not a public key in PEM", code="id-key", path=str(path)) from error
+        raise FormatError("the file is not a public key in PEM", code="id-key", hint=hint, path=str(path)) from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
-        raise FormatError("the broker's key must be on P-384", code="id-key", path=str(path))
+        raise FormatError("the broker's key must be on P-384", code="id-key", hint=hint, path=str(path))
     return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 

@@ -447,8 +447,10 @@ def test_key_files_that_are_gone_exposed_or_damaged(desk: Desk, name: str) -> No
         desk.open()
     assert missing.value.code == "broker-key-missing"
     path.symlink_to("/dev/zero")
-    with pytest.raises(SvsmError):
+    with pytest.raises(BackendError) as linked:
         desk.open()
+    assert linked.value.code == "broker-state-io"
+    assert linked.value.hint
     path.unlink()
     path.touch(mode=0o600)
     path.write_bytes(content[:-1])

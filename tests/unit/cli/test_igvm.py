@@ -162,6 +162,7 @@ def test_refusals(
     assert main(["igvm", *(str(places.get(word, word)) for word in words)]) == exit_code
     captured = capsys.readouterr()
     assert message in captured.err
+    assert ("hint: " in captured.err) >= (message in ("igvm-magic", "id-key"))
     assert captured.out == ""
     assert not (tmp_path / "out").exists()
 

@@ -107,7 +107,11 @@ def _read(source: Path) -> bytes:
     try:
         return source.read_bytes()
     except OSError as failed:
-        raise BackendError(f"the image {source} cannot be read: {failed.strerror}", code="boot-image") from failed
+        raise BackendError(
+            f"the image {source} cannot be read: {failed.strerror}",
+            code="boot-image",
+            hint="check the path and its permissions; without --image one is built",
+        ) from failed
 
 
 def _fill(output: int, data: Buffer) -> None:
@@ -117,4 +121,8 @@ def _fill(output: int, data: Buffer) -> None:
             view = view[os.write(output, view) :]
         seal(output)
     except OSError as failed:
-        raise BackendError(f"the image cannot be kept in memory: {failed.strerror}", code="boot-image") from failed
+        raise BackendError(
+            f"the image cannot be kept in memory: {failed.strerror}",
+            code="boot-image",
+            hint="free some memory, or allow this user more of it (ulimit, control group)",
+        ) from failed

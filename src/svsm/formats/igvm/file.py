@@ -199,7 +199,13 @@ def _pack_header(header: Header) -> Iterator[bytes]:
 def _parse_fixed(view: memoryview) -> FixedHeaderV1 | FixedHeaderV2:
     first = FixedHeaderV1.parse_at(view, 0)
     if first.magic != MAGIC:
-        raise FormatError("this is not an IGVM file", code="igvm-magic", expected=MAGIC, got=first.magic)
+        raise FormatError(
+            "this is not an IGVM file",
+            code="igvm-magic",
+            hint="name an .igvm file; a firmware image (.fd) goes to `svsm igvm measure --ovmf`",
+            expected=MAGIC,
+            got=first.magic,
+        )
     kind = _FIXED.get(first.format_version)
     if kind is None:
         raise FormatError("unknown IGVM format version", code="igvm-version", got=first.format_version)
