@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,7 +55,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--row", default="", metavar="TEXT", help="review: only rows whose name has this text")
     parser.add_argument("--record", type=Path, metavar="FILE", help="review: keep what was found here")
     parser.add_argument("--json", action="store_true", help="one JSON object per line and target")
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=lambda arguments: _run(parser, arguments))
 
 
 def _seconds(text: str) -> float:
@@ -67,8 +68,7 @@ def _seconds(text: str) -> float:
     return value
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    from svsm.formats.errors import StateError
+def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     from svsm.fuzz.targets import TARGETS, find
 
     if arguments.list:
@@ -76,7 +76,8 @@ def _run(arguments: argparse.Namespace) -> int:
             print(f"{target.name:24} {target.summary}")
         return 0
     if arguments.target is None:
-        raise StateError("which target?", code="fuzz-target", hint="svsm fuzz --list shows them; `all` means each")
+        listed = textwrap.fill(", ".join(target.name for target in TARGETS), break_on_hyphens=False)
+        parser.error(f"which target? `all`, `review`, or one of (see --list):\n{listed}")
     if arguments.reproduce is not None:
         return _reproduce(arguments)
     if arguments.distil is not None:

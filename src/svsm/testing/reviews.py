@@ -6,8 +6,9 @@ The findings are read from ``fuzz/review.json`` below the working directory.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -16,7 +17,7 @@ from svsm.testing.hostile.review import REVIEW as VIRTIO
 from svsm.testing.nvme_review import REVIEW as NVME
 from svsm.testing.review import Found, Review, markdown
 
-__all__ = ["FOUND", "REVIEWS", "page", "read_found", "write_found"]
+__all__ = ["FOUND", "REVIEWS", "asked", "page", "read_found", "write_found"]
 
 REVIEWS: Final[tuple[Review, ...]] = (VIRTIO, NVME, CHANNELS)
 FOUND: Final = Path("fuzz/review.json")
@@ -56,5 +57,12 @@ def page(name: str) -> str:
     raise LookupError(f"there is no review {name!r}")
 
 
+def asked(words: Sequence[str] | None = None) -> str:
+    """The page that the command line names; it ends the process where there is none. None for the process's own."""
+    parser = argparse.ArgumentParser(prog="python -m svsm.testing.reviews", description="Print the page of a review.")
+    parser.add_argument("name", choices=[review.name for review in REVIEWS], help="of the review")
+    return page(parser.parse_args(words).name)
+
+
 if __name__ == "__main__":
-    print(page(sys.argv[1]), end="")
+    print(asked(), end="")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""`svsm fuzz` and `python -m svsm.testing.hostile`: what names nothing is an error, never a run without findings."""
+"""`svsm fuzz`, `svsm.testing.hostile` and `svsm.testing.reviews`: what names nothing is an error, not an empty run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from svsm.cli.main import main
+from svsm.fuzz.targets import TARGETS
 from svsm.testing.hostile.__main__ import main as hostile
+from svsm.testing.reviews import asked
 
 
 @pytest.mark.parametrize(
@@ -31,9 +33,36 @@ def test_what_names_nothing_is_refused(
     assert not said.out
 
 
+def test_without_a_target_all_of_them_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["fuzz"])
+    assert ended.value.code == 2
+    said = set(capsys.readouterr().err.replace(",", " ").split())
+    assert said >= {target.name for target in TARGETS}
+
+
 @pytest.mark.parametrize("words", [["run", "99"], ["0"], ["serve", "--attack", "no such attack"]])
 def test_an_attack_that_does_not_exist_is_a_usage_error(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert hostile(words) == 2
     said = capsys.readouterr()
     assert said.err.startswith("error: there is no ")
     assert not said.out
+
+
+@pytest.mark.parametrize("words", [[], ["nothing"]])
+def test_a_review_that_does_not_exist_is_a_usage_error(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        asked(words)
+    assert ended.value.code == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("usage: ")
+    assert not said.out
+
+
+@pytest.mark.parametrize("name", ["none/socket", "x" * 120])
+def test_a_socket_that_cannot_be_made_is_named(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert hostile(["serve", "--attack", "honest", "--socket", str(tmp_path / name)]) == 1
+    said = capsys.readouterr().err
+    assert "error: cannot listen: " in said
+    assert f"({tmp_path / name})" in said
+    assert "hint: " in said

@@ -186,7 +186,10 @@ def main(words: list[str]) -> int:
         verbs = {"run": _run, "serve": _serve, "front-end": _front_end}
         return verbs[options.verb](options)
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
+        for note in getattr(error, "__notes__", ()):
+            print(f"hint: {note}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

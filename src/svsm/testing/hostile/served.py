@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import socket
 import subprocess
@@ -196,7 +197,12 @@ def _offered(plan: Plan, ring: str, queues: int) -> BlkOptions:
 @contextlib.contextmanager
 def _listener(path: Path) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as made:
-        made.bind(str(path))
+        try:
+            made.bind(str(path))
+        except OSError as error:  # without a path, and without a number where the path is too long
+            failed = OSError(error.errno or errno.ENAMETOOLONG, f"cannot listen: {error.strerror or error}", str(path))
+            failed.add_note("--socket names a new file in a folder that exists, in at most 107 bytes")
+            raise failed from error
         try:
             made.listen(4)
             made.settimeout(_POLL_SECONDS)
