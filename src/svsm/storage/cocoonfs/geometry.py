@@ -44,7 +44,7 @@ def too_small(image_ab: int) -> FormatError:
     return FormatError(
         "the disk is too small for a volume",
         code="cocoonfs-too-small",
-        hint="64 KiB are enough, but for large blocks or much auxiliary metadata; a size without a unit is in bytes",
+        hint="use 64KiB or more, and more still with large blocks or many records; a size without a unit is in bytes",
         allocation_blocks=image_ab,
     )
 
