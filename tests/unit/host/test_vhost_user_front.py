@@ -14,33 +14,30 @@ from collections.abc import Iterator
 
 import pytest
 
-from svsm.abi.block import BlockDevice
 from svsm.formats.errors import BackendError, SvsmError
 from svsm.formats.vhost_user import Request, U64Payload
 from svsm.formats.virtio import DeviceStatus, Feature, MmioRegister
 from svsm.host.devices.vhost_user_front import FrontBackend, VhostUserFront, serve_front
 from svsm.host.devices.vhost_user_link import BackendLink
-from svsm.host.devices.virtio_blk import ALL_FEATURES, BlkOptions
 from svsm.host.devices.virtio_ring import Window
 from svsm.storage.drivers.dma import DmaMemory
 from svsm.storage.drivers.virtio.blk import BlkPolicy, VirtioBlk, memory_bytes
 from svsm.storage.drivers.virtio.mmio import MmioTransport
 from svsm.storage.drivers.virtio.socket_registers import SocketRegisters
-from svsm.testing.block_conformance import CHECKS, SIZE_BYTES, Check, Subject, initial_content
+from svsm.testing.block_conformance import CHECKS, Check
 from svsm.testing.vhost_user_backend import Backend, reply
-from svsm.testing.virtio_harness import SMALL_POLICY, disk_file
+from svsm.testing.virtio_harness import SMALL_POLICY
+from tests.vhost_user_support import OFFERED, Backends, subject
 
 GPA = 0x3010_0000
 POLICY = dataclasses.replace(SMALL_POLICY, deadline_seconds=20.0)
-OFFERED = ALL_FEATURES & ~int(Feature.ACCESS_PLATFORM)
-"""As a daemon offers: it knows nothing of the platform."""
 
 
-class Bench:
+class Bench(Backends):
     """Drivers, registers and back-ends over one sealed memory file."""
 
     def __init__(self, stack: contextlib.ExitStack, policy: BlkPolicy = POLICY) -> None:
-        self._stack = stack
+        super().__init__(stack)
         self.policy = policy
         self.size = memory_bytes(policy)
         self.memory = os.memfd_create("shared", os.MFD_ALLOW_SEALING)
@@ -49,16 +46,9 @@ class Bench:
         fcntl.fcntl(self.memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         self.view = memoryview(mmap.mmap(self.memory, self.size, offset=GPA))
 
-    def backend(self, features: int = OFFERED) -> Backend:
-        descriptor = disk_file(SIZE_BYTES, initial_content())
-        self._stack.callback(os.close, descriptor)
-        made = Backend(descriptor, BlkOptions(features=features, queue_size=1024, queues=3))
-        self._stack.callback(made.join)
-        return made
-
     def introduced(self, backend: Backend) -> FrontBackend:
         link = BackendLink(backend.endpoint(), seconds=10.0)
-        self._stack.callback(link.close)
+        self.stack.callback(link.close)
         return FrontBackend(link, self.memory, address=GPA, size_bytes=self.size)
 
     def front(self, backend: Backend) -> VhostUserFront:
@@ -79,7 +69,7 @@ class Bench:
             front.link.close()
             theirs.close()
 
-        self._stack.callback(end)
+        self.stack.callback(end)
         return made
 
 
@@ -112,21 +102,9 @@ def _quick(variant: str, check: Check) -> bool:
 )
 def test_conformance(variant: str, check: Check) -> None:
     with contextlib.ExitStack() as stack:
-        backends: list[Backend] = []
         bench = Bench(stack, VARIANTS[variant])
-
-        def create(features: int = 0) -> BlockDevice:
-            packed = int(Feature.RING_PACKED) if variant != "packed" else 0
-            backends.append(bench.backend(features=(OFFERED | features) & ~packed))
-            return bench.driver(backends[-1])
-
-        check(
-            Subject(
-                create=create,
-                reopen=lambda: bench.driver(backends[-1]),
-                create_read_only=lambda: create(1 << 5),
-            )
-        )
+        packed = int(Feature.RING_PACKED) if variant != "packed" else 0
+        check(subject(lambda features: bench.backend(features=(OFFERED | features) & ~packed), bench.driver))
 
 
 def test_the_platform_bit_is_the_registers_own_and_is_not_passed_on(bench: Bench) -> None:

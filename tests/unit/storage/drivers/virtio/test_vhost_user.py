@@ -20,7 +20,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svsm.abi.block import BlockDevice
 from svsm.formats.errors import BackendError, ProtocolError, StateError, SvsmError
 from svsm.formats.vhost_user import (
     ProtocolFeature,
@@ -30,45 +29,26 @@ from svsm.formats.vhost_user import (
     VringState,
 )
 from svsm.formats.vhost_user_messages import judge_config, judge_header
-from svsm.formats.virtio import BlkFeature, Feature
-from svsm.host.devices.virtio_blk import ALL_FEATURES, BlkOptions
+from svsm.formats.virtio import Feature
 from svsm.host.devices.virtio_ring import Chain, Window
 from svsm.storage.drivers.virtio.blk import BlkPolicy, VirtioBlk, memory_bytes
 from svsm.storage.drivers.virtio.vhost_user import VhostUserBlk, VhostUserTransport, open_vhost_user
 from svsm.storage.drivers.virtio.vhost_user_socket import SharedMemory, connect
-from svsm.testing.block_conformance import CHECKS, SIZE_BYTES, Check, Subject, initial_content
+from svsm.testing.block_conformance import CHECKS, Check, initial_content
 from svsm.testing.hostile.vhost_user_attacks import LIES as CATALOGUE
 from svsm.testing.hostile.vhost_user_attacks import Liar, lie
-from svsm.testing.vhost_user_backend import PROTOCOL_FEATURES, Backend, Conversation, Script, reply
-from svsm.testing.virtio_harness import SMALL_POLICY, disk_file
+from svsm.testing.vhost_user_backend import Backend, Conversation, reply
+from svsm.testing.virtio_harness import SMALL_POLICY
+from tests.vhost_user_support import OFFERED, Backends, subject
 
 CONTENT = initial_content()
-OFFERED = ALL_FEATURES & ~int(Feature.ACCESS_PLATFORM)
 POLICY = dataclasses.replace(SMALL_POLICY, deadline_seconds=10.0, rekick_seconds=0.05)
 ANSWER_SECONDS = 0.1
 """For a back-end that is in the same process and not slow."""
 
 
-@dataclasses.dataclass
-class Bench:
+class Bench(Backends):
     """Makes back-ends and drivers, and takes them away again."""
-
-    stack: contextlib.ExitStack
-    files: list[int] = dataclasses.field(default_factory=list)
-
-    def backend(
-        self,
-        script: Script | None = None,
-        *,
-        options: BlkOptions | None = None,
-        protocol_features: int = PROTOCOL_FEATURES,
-    ) -> Backend:
-        self.files.append(disk_file(SIZE_BYTES, CONTENT))
-        self.stack.callback(os.close, self.files[-1])
-        options = options or BlkOptions(features=OFFERED, queue_size=1024)
-        made = Backend(self.files[-1], options, script=script, protocol_features=protocol_features)
-        self.stack.callback(made.join)
-        return made
 
     def driver(self, backend: Backend, policy: BlkPolicy = POLICY, answer_seconds: float = 10.0) -> VhostUserBlk:
         made = VhostUserBlk(backend.endpoint, policy=policy, answer_seconds=answer_seconds)
@@ -96,19 +76,11 @@ VARIANTS = {
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_conformance(bench: Bench, check: Check, variant: str) -> None:
-    options = BlkOptions(features=OFFERED, queue_size=1024, queues=3)
     policy = dataclasses.replace(VARIANTS[variant], packed=variant.startswith("packed"))
-    backends: list[Backend] = []
-
-    def create(features: int = 0) -> BlockDevice:
-        backends.append(bench.backend(options=dataclasses.replace(options, features=options.features | features)))
-        return bench.driver(backends[-1], policy)
-
     check(
-        Subject(
-            create=create,
-            reopen=lambda: bench.driver(backends[-1], policy),
-            create_read_only=lambda: create(BlkFeature.RO),
+        subject(
+            lambda features: bench.backend(features=OFFERED | features),
+            lambda backend: bench.driver(backend, policy),
         )
     )
 
