@@ -49,6 +49,7 @@ def _index(image: Image) -> tuple[list[Extent], list[Leaf]]:
 
 def _special_list(image: Image, entry: Entry) -> list[Extent]:
     """Where the extents list of the tree or the bitmap lies, if it has one."""
+    # `check` and `survey` have the like; again on purpose: a second look must not share the mistakes of the first.
     extent, indirect = pointer_extent(entry, image.image_ab)
     if not indirect:
         return []
