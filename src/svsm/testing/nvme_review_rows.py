@@ -11,11 +11,21 @@ __all__ = ["ROWS"]
 
 
 def _row(
-    part: str, field: str, threat: str, where: str, check: str, without: str, *attacks: str, reason: str = ""
+    part: str,
+    field: str,
+    threat: str,
+    where: str,
+    check: str,
+    without: str,
+    *attacks: str,
+    reason: str = "",
+    test: str = "",
 ) -> Row:
-    return Row(part, field, threat, where, check, without, attacks, reason=reason)
+    return Row(part, field, threat, where, check, without, attacks, reason=reason, test=test)
 
 
+_QUEUE_TESTS: Final = "tests/unit/storage/drivers/nvme/test_nvme_queue.py"
+_DISK_TESTS: Final = "tests/unit/storage/drivers/nvme/test_nvme_disk.py"
 _CQ, _DATA, _REG, _ID = "Completions", "Data", "Registers", "Identify and admin commands"
 _LIFE = "svsm.storage.drivers.lifecycle"
 _TIME, _PCI = "Time, interrupts, life and death", "PCI configuration space"
@@ -45,6 +55,7 @@ ROWS: Final[tuple[Row, ...]] = (
         *(_CQ, "number of completions", "complete more than is in flight, without end", "queue"),
         *("        while len(done) < self.in_flight:\n", "        while True:\n"),
         reason="whatever comes beyond that number is not in flight, which is judged one by one (rows above)",
+        test=f"{_QUEUE_TESTS}::test_no_more_is_collected_than_is_in_flight",
     ),
     _row(
         *(_CQ, "SQID", "answer for another queue", "queue"),
@@ -81,8 +92,12 @@ ROWS: Final[tuple[Row, ...]] = (
     ),
     _row(
         *(_CQ, "anything after a violation", "go on with a queue that nobody can trust", "queue"),
-        *("        if self.broken is not None:\n            raise self.broken\n        if not 0 <= slot", ""),
-        reason="the disk above does not come back to a broken pair (next row); unit test of the queue",
+        *(
+            "        if self.broken is not None:\n            raise self.broken\n        if not 0 <= slot",
+            "        if not 0 <= slot",
+        ),
+        reason="the disk above does not come back to a broken pair (next row)",
+        test=f"{_QUEUE_TESTS}::test_broken_stays_broken",
     ),
     _row(
         *(_CQ, "anything after a violation, seen from above", "be believed again without a reset", _LIFE),
@@ -96,6 +111,7 @@ ROWS: Final[tuple[Row, ...]] = (
         *(_CQ, "dword 0", "smuggle a number in", "queue"),
         *("            self.results[slot] = memory[at] & 0xFFFF_FFFF\n", ""),
         reason="nothing to check: no result is used, not even the number of queues, of which one is all that is needed",
+        test=f"{_QUEUE_TESTS}::test_phases_over_many_rounds",
     ),
     _row(
         *(_DATA, "a read's buffer before the read", "have old contents returned as new", "disk"),
@@ -114,8 +130,8 @@ ROWS: Final[tuple[Row, ...]] = (
     ),
     _row(
         *(_DATA, "the Identify page after it", "pass the check with one value, be used with another", "controller"),
-        *("self._memory.bytes[self._page : self._page + IDENTIFY_BYTES].tobytes()",) * 2,
-        reason="one copy is made before anything is judged, and everything that is judged comes from it",
+        *("self._page + IDENTIFY_BYTES].tobytes()", "self._page + IDENTIFY_BYTES]"),
+        test=f"{_DISK_TESTS}::test_the_transfer_limit_is_kept",
     ),
     _row(
         *(_REG, "any register", "be no 32-bit number (the way to the registers is hostile too)", "controller"),
@@ -146,6 +162,7 @@ ROWS: Final[tuple[Row, ...]] = (
         *(_REG, "CAP.MQES, small", "have more put in than it holds", "disk"),
         *(", controller.capabilities.queue_entries - 1)", ")"),
         reason="a longer queue than offered is refused by an honest controller, and overruns nothing of the driver's",
+        test=f"{_DISK_TESTS}::test_the_queue_is_no_longer_than_the_controller_wants",
     ),
     _row(
         *(_REG, "CAP.DSTRD", "have doorbells written outside its registers", "controller"),
@@ -214,6 +231,7 @@ ROWS: Final[tuple[Row, ...]] = (
         *(_ID, "MAXCMD", "want fewer commands than there are slots", "disk"),
         *("min(policy.depth, geometry.depth, ", "min(policy.depth, "),
         reason="a wish that costs only speed; exceeding it is for the controller to refuse with a status",
+        test=f"{_DISK_TESTS}::test_the_queue_is_no_longer_than_the_controller_wants",
     ),
     _row(
         *(_ID, "FLBAS, NLBAF", "use a format that does not exist", "identify"),
@@ -252,8 +270,9 @@ ROWS: Final[tuple[Row, ...]] = (
     ),
     _row(
         *(_ID, "NSATTR, ONCS, VWC", "lie about what it can do", "identify"),
-        *("read_only=bool(disk.attributes & 1)",) * 2,
+        *("read_only=bool(disk.attributes & 1)", "read_only=False"),
         reason="a lie costs an error status or a refused write; a flush is sent whatever VWC says",
+        test=f"{_DISK_TESTS}::test_a_write_protected_namespace_gets_no_write",
     ),
     _row(
         *(_TIME, "no completion", "have the driver wait for ever", "controller"),

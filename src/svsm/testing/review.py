@@ -2,10 +2,11 @@
 """A review of a driver as data: every field that a device controls, and the line that judges it.
 
 A `Row` names the field, what a device could do with it, the exact source text of the check, the same text without
-it, attacks that notice when it is gone, and the fuzz target that finds that out by itself. The function that the text
-is in is found in the source, so a table cannot name a place that has moved. `without` rebuilds the driver without one
-check, for as long as a block lasts; `notices` runs a row's attacks against that: a check whose removal nobody notices
-is not tested. `markdown` writes the page, which a test keeps current.
+it, attacks that notice when it is gone, and the fuzz target that finds that out by itself; where no attack can see it
+through the whole driver, a unit test of the part does. The function that the text is in is found in the source, so a
+table cannot name a place that has moved. `without` rebuilds the driver without one check, for as long as a block
+lasts; `notices` runs a row's attacks against that: a check whose removal nobody notices is not tested. `markdown`
+writes the page, which a test keeps current.
 
 The reviews are `svsm.testing.hostile.review_rows` (virtio), `svsm.testing.nvme_review_rows` and
 `svsm.testing.channel_review_rows`; what the fuzzers
@@ -45,7 +46,8 @@ class Row:
         without: The same text with the check taken out.
         attacks: Names of cases, at least one of which must notice.
         target: The fuzz target that finds the removal, where it is not the review's own for that module.
-        reason: Why there is nothing to take out, or nothing to see afterwards.
+        reason: Why there is nothing to take out, or nothing that an attack could see afterwards.
+        test: The unit test that fails without the check where no attack does, as pytest names it, from the root.
     """
 
     part: str
@@ -57,6 +59,7 @@ class Row:
     attacks: tuple[str, ...] = ()
     target: str = ""
     reason: str = ""
+    test: str = ""
 
     @property
     def name(self) -> str:
@@ -247,10 +250,15 @@ def markdown(review: Review, found: Mapping[str, Found]) -> str:
         lines.append("|---|---|---|---|---|")
         for row in review.rows:
             if row.part == part:
-                noticed = "; ".join(row.attacks) or (f"*{row.reason}*" if row.reason else "fuzzer")
-                cells = (row.field, row.threat, f"`{place(review, row)}`", noticed, _found(review, row, found))
+                cells = (row.field, row.threat, f"`{place(review, row)}`", _noticed(row), _found(review, row, found))
                 lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _noticed(row: Row) -> str:
+    reason = [f"*{row.reason}*"] if row.reason else []
+    test = [f"`{row.test.rpartition('/')[2]}`"] if row.test else []
+    return "; ".join([*row.attacks, *reason, *test]) or "fuzzer"
 
 
 def _found(review: Review, row: Row, found: Mapping[str, Found]) -> str:

@@ -10,6 +10,7 @@ from svsm.testing.review import Row
 __all__ = ["CONFIGURATION_ROWS"]
 
 _CONFIG: Final = "Configuration space"
+_TESTS: Final = "tests/unit/storage/drivers/virtio/test_blk.py"
 
 CONFIGURATION_ROWS: Final[tuple[Row, ...]] = (
     Row(
@@ -117,7 +118,9 @@ CONFIGURATION_ROWS: Final[tuple[Row, ...]] = (
         "make requests larger than their buffer",
         "blk_config",
         "max(1, min(segments, _MOST_SEGMENTS))",
-        reason="the buffer's size bounds it a second time; property test of the geometry",
+        "segments",
+        reason="the buffer's size bounds it a second time",
+        test=f"{_TESTS}::test_segments_of_a_request_are_within_bounds",
     ),
     Row(
         _CONFIG,
@@ -125,7 +128,9 @@ CONFIGURATION_ROWS: Final[tuple[Row, ...]] = (
         "be no truth value",
         "blk_config",
         "unmap=config.write_zeroes_may_unmap == 1",
-        reason="only decides one flag of a request; property test of the geometry",
+        "unmap=config.write_zeroes_may_unmap",
+        reason="only decides one flag of a request",
+        test=f"{_TESTS}::test_only_one_is_leave_to_unmap",
     ),
     Row(
         _CONFIG,

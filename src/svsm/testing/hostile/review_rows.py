@@ -12,6 +12,7 @@ from svsm.testing.review import Row
 __all__ = ["ROWS"]
 
 
+_TESTS = "tests/unit/storage/drivers/virtio"
 _SPLIT, _PACKED, _BOTH = "Split ring", "Packed ring", "Both rings"
 _REQUEST, _MMIO, _TIME = "Requests", "Registers", "Time, interrupts, life and death"
 
@@ -66,8 +67,10 @@ ROWS: Final[tuple[Row, ...]] = (
         "avail_event, used.flags",
         "say that it wants no kick, and wait for one",
         "split",
-        "            # A device that lies here only delays itself: the caller repeats its kick.\n",
-        reason="nothing to check: a kick is repeated by time, see Time",
+        "return (available - event - 1) & _INDEX_MASK < (available - old) & _INDEX_MASK",
+        "return True",
+        reason="nothing to refuse: a kick is repeated by time, see Time",
+        test=f"{_TESTS}/test_queues.py::test_a_busy_device_is_not_kicked",
     ),
     Row(
         _PACKED,
@@ -112,6 +115,7 @@ ROWS: Final[tuple[Row, ...]] = (
         "packed",
         "        if flags != EventFlag.DESCRIPTOR or not self.shape.event_idx:\n            return True\n",
         reason="nothing to refuse: what is not understood means a kick, and a kick is repeated by time, see Time",
+        test=f"{_TESTS}/test_queues.py::test_kicks_and_interrupts_are_not_lost",
     ),
     Row(
         _SPLIT,
@@ -174,7 +178,8 @@ ROWS: Final[tuple[Row, ...]] = (
         "queue",
         "            raise self.broken",
         "            pass",
-        reason="the disk driver above does not come back to a broken queue; unit test of the queue",
+        reason="the disk driver above does not come back to a broken queue",
+        test=f"{_TESTS}/test_queues.py::test_a_broken_queue_stays_broken",
     ),
     Row(
         _REQUEST,
@@ -220,7 +225,8 @@ ROWS: Final[tuple[Row, ...]] = (
         "complete without doing anything",
         "blk_lane",
         "            shared[statuses[slot]] = _STATUS_SENTINEL\n            batch.append(slot)\n",
-        reason="the row above, in the loop for writes: unit test of requests that are completed and never done",
+        "            batch.append(slot)\n",
+        test=f"{_TESTS}/test_blk.py::test_completed_and_never_done",
     ),
     Row(
         _REQUEST,
@@ -417,7 +423,9 @@ ROWS: Final[tuple[Row, ...]] = (
         "set bits that mean nothing",
         "mmio",
         "known = status & (Interrupt.USED_BUFFER | Interrupt.CONFIGURATION)",
+        "known = status",
         reason="only two bits are looked at, and both are hints",
+        test=f"{_TESTS}/test_blk.py::test_interrupt_bits_without_a_meaning_are_not_acknowledged",
     ),
     Row(
         _MMIO,

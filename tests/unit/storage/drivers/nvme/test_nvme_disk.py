@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import pytest
 
 from svsm.formats.errors import BackendError, ProtocolError, StateError
-from svsm.formats.nvme import Completion, ControllerStatus, NvmeRegister, NvmOpcode
+from svsm.formats.nvme import AdminOpcode, Completion, ControllerStatus, NvmeRegister, NvmOpcode
 from svsm.storage.drivers.nvme.disk import NvmePolicy, memory_bytes
 from svsm.testing.block_conformance import CHECKS, Check, Subject, initial_content
 from svsm.testing.nvme_model import SMALL_NVME, NvmeBench, NvmeModel, nvme_bench
@@ -74,6 +74,33 @@ def test_the_transfer_limit_is_kept() -> None:
     disk = made.start()
     disk.write([(0, bytes(64 << 10))])
     assert {command.cdw12 + 1 for queue, command in made.model.commands if queue} == {16}
+
+
+@pytest.mark.parametrize("limit", ["CAP.MQES", "MAXCMD"])
+def test_the_queue_is_no_longer_than_the_controller_wants(limit: str) -> None:
+    """Both are 3 here: MQES counts from 0, and a queue of four entries holds three commands."""
+    made = bench()
+    if limit == "MAXCMD":
+        made.model.pages[1][514] = b"\3\0"
+    else:
+        made.model.capabilities = made.model.capabilities & ~0xFFFF | 3
+    made.start()
+    created = [
+        command
+        for queue, command in made.model.commands
+        if not queue and command.opcode in (AdminOpcode.CREATE_SQ, AdminOpcode.CREATE_CQ)
+    ]
+    assert [command.cdw10 >> 16 for command in created] == [3, 3]
+
+
+def test_a_write_protected_namespace_gets_no_write() -> None:
+    made = bench()
+    made.model.pages[0][99] = b"\1"
+    disk = made.start()
+    with pytest.raises(StateError) as caught:
+        disk.write([(0, bytes(512))])
+    assert caught.value.code == "block-read-only"
+    assert disk.read([(0, 512)]) == [bytes(512)]
 
 
 def test_completions_in_any_order() -> None:

@@ -66,6 +66,17 @@ def test_broken_stays_broken() -> None:
         assert caught.value.code == "nvme-completion-id"
 
 
+def test_no_more_is_collected_than_is_in_flight() -> None:
+    made, view = pair()
+    made.submit(0, _COMMAND)
+    put(made, view, 0, phase=1, slot=0, head=1)
+    put(made, view, 1, phase=1, slot=0, head=1)
+    assert made.collect() == [(0, 0)]
+    with pytest.raises(ProtocolError) as caught:
+        made.submit(1, _COMMAND)
+    assert caught.value.code == "nvme-completion-unexpected"
+
+
 def test_slots_are_checked() -> None:
     made, _ = pair()
     made.submit(0, _COMMAND)

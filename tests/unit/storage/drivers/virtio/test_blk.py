@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from svsm.formats.errors import BackendError, ProtocolError, StateError
-from svsm.formats.virtio import BlkFeature, DeviceStatus, MmioRegister
+from svsm.formats.virtio import BlkConfig, BlkFeature, DeviceStatus, Interrupt, MmioRegister
 from svsm.host.devices.virtio_blk import ALL_FEATURES, BlkOptions
 from svsm.storage.drivers.dma import DmaMemory
 from svsm.storage.drivers.virtio.blk import BlkPolicy, VirtioBlk, memory_bytes
+from svsm.storage.drivers.virtio.blk_config import Geometry, parse_geometry
 from svsm.storage.drivers.virtio.mmio import MmioTransport
 from svsm.testing.virtio_harness import (
     GPA,
@@ -84,6 +85,46 @@ def test_completed_and_never_done(operation: str, ranges: int) -> None:
     with pytest.raises(BackendError) as caught:
         calls[operation]()
     assert caught.value.details["violation"] == "virtio-blk-status"
+    machine.close()
+
+
+def _judged(config: BlkConfig) -> Geometry:
+    return parse_geometry(config.pack(), BlkFeature.DISCARD | BlkFeature.WRITE_ZEROES)
+
+
+@pytest.mark.parametrize(("offered", "used"), [(0, 1), (1, 1), (64, 64), (65, 64), ((1 << 32) - 1, 64)])
+def test_segments_of_a_request_are_within_bounds(offered: int, used: int) -> None:
+    discard = BlkConfig(max_discard_sectors=8, max_discard_seg=offered)
+    write_zeroes = BlkConfig(max_write_zeroes_sectors=8, max_write_zeroes_seg=offered)
+    found = [_judged(discard).discard, _judged(write_zeroes).write_zeroes]
+    assert [limits and limits.segments for limits in found] == [used, used]
+
+
+@pytest.mark.parametrize("value", [0, 1, 2, 255])
+def test_only_one_is_leave_to_unmap(value: int) -> None:
+    geometry = _judged(BlkConfig(max_write_zeroes_sectors=8, write_zeroes_may_unmap=value))
+    assert geometry.write_zeroes is not None
+    assert geometry.write_zeroes.unmap is (value == 1)
+
+
+def test_interrupt_bits_without_a_meaning_are_not_acknowledged() -> None:
+    machine = _machine()
+    registers = machine.registers
+    read32, write32 = registers.read32, registers.write32
+    acknowledged: list[int] = []
+
+    def noted(offset: int, value: int) -> None:
+        if offset == MmioRegister.INTERRUPT_ACK:
+            acknowledged.append(value)
+        write32(offset, value)
+
+    registers.write32 = noted  # type: ignore[method-assign]
+    registers.read32 = lambda offset: (  # type: ignore[method-assign]
+        0xFFFF_FFFE if offset == MmioRegister.INTERRUPT_STATUS else read32(offset)
+    )
+    events = MmioTransport(registers).take_events()
+    assert (events.used, events.configuration) == (False, True)
+    assert acknowledged == [Interrupt.CONFIGURATION]
     machine.close()
 
 
