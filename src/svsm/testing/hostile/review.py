@@ -23,9 +23,9 @@ Made from `svsm.testing.hostile.review_rows` by `python -m svsm.testing.reviews 
 Everything below is written by the device or its host. "Checked in" is the function that judges it; "noticed by" names
 attacks of `svsm.testing.hostile.attacks`, of which at least one no longer gets what it should when the check is taken
 out of the source: the tests do that, row by row. The last column is what `svsm fuzz review` measured: the target that
-found the removal by itself, from an empty corpus, with the processor time and the number of inputs that it took. Where no
-attack sees the removal through the whole driver, the row says why, or names the unit test of the part that fails
-without the check; one with neither attack, unit test nor target says why there is nothing to take out.
+found the removal by itself, from an empty corpus, with the processor time and the number of inputs that it took.
+Where no attack sees the removal through the whole driver, the row says why, or names the unit test of the part that
+fails without the check; one with neither attack, unit test nor target says why there is nothing to take out.
 What a device controls and the driver never looks at (descriptors and available ring after they were written,
 indirect tables, vendor id, topology, geometry, seg_max) has no row: there is nothing to check.
 """
