@@ -114,12 +114,12 @@ class CheckReport:
         self.findings.append(Finding(severity, kind, place, sentence, extent))
 
     def to_json(self) -> dict[str, object]:
-        """For `--json`; keys are stable."""
+        """For `--json`; keys are stable. The counter is decimal digits: JSON's readers may keep 53 bits."""
         return {
             "good": self.is_good,
             "opened": self.opened,
             "pending": self.pending,
-            "counter": self.counter,
+            "counter": str(self.counter),
             "root_digest": self.root_digest.hex(),
             "files": self.files,
             "data_blocks": self.data_blocks,

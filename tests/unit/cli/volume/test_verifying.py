@@ -29,6 +29,7 @@ def _large_file(bench: Bench) -> int:
 def test_a_good_volume(bench: Bench) -> None:
     report = bench.json("check @image --key-file @key")
     assert (report["good"], report["files"], report["findings"]) == (True, 1, [])
+    assert report["counter"] == bench.json("info @image --key-file @key")["counter"]
     assert bench.run("check @image --key-file @key").decode().splitlines()[-1] == "The volume is good."
     before = bench.image.read_bytes()
     assert bench.json("repair @image --key-file @key")["done"] == []
