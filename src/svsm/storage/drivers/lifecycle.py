@@ -2,11 +2,12 @@
 """The life of a disk behind request queues in shared memory: what its driver does whatever the queues look like.
 
 Theory. A call is checked whole (a long read: while its first pieces are on their way), cut into pieces that fit a
-buffer, and returns when the last piece is done, in whatever order the device likes. Nothing is in flight between calls. The first thing that the device cannot mean, a missed
-deadline or a bad status register kills the device: the call ends with ``block-io`` (its `violation` names the code), so
-does every later one, and its memory stays lent. Starting again resets the device and uses the other half of the memory,
-so that a device which is merely slow writes into a half that nobody reads. If writes had been accepted since the last
-flush, the next flush fails once: nobody knows whether they outlived the reset.
+buffer, and returns when the last piece is done, in whatever order the device likes. Nothing is in flight between
+calls. The first thing that the device cannot mean, a missed deadline or a bad status register kills the device: the
+call ends with ``block-io`` (its `violation` names the code), so does every later one, and its memory stays lent.
+Starting again resets the device and uses the other half of the memory, so that a device which is merely slow writes
+into a half that nobody reads. If writes had been accepted since the last flush, the next flush fails once: nobody
+knows whether they outlived the reset.
 
 A request that the device refuses with a status is only that call's failure. A call's deadline grows with what it moves.
 
