@@ -4,17 +4,28 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import dataclasses
+import fcntl
+import os
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
+from svsm.abi.block import BlockDevice
 from svsm.abi.errors import BackendError
-from svsm.formats.virtio import DeviceStatus, MmioRegister
+from svsm.formats.nvme import Completion, ControllerStatus, NvmeRegister, NvmOpcode
+from svsm.formats.virtio import BlkFeature, DeviceStatus, MmioRegister
+from svsm.host.devices.virtio_blk import ALL_FEATURES, BlkOptions
 from svsm.kernel.resettable import MAX_RESETS, ResettableDisk
+from svsm.storage.drivers.nvme.disk import NvmePolicy
 from svsm.storage.volume import Volume
+from svsm.testing.block_conformance import CHECKS, SIZE_BYTES, Check, Subject, initial_content
+from svsm.testing.nvme_model import SMALL_NVME, NvmeBench, NvmeModel, nvme_bench
 from svsm.testing.virtio_harness import Machine, disk_file, virtio_disk
 
 DISK_BYTES = 1 << 20
+_WRITE_FAULT = 0x280
+"""An NVMe status: generic to media (type 2), the write was not done."""
 
 
 @pytest.fixture
@@ -192,3 +203,90 @@ def test_a_reset_is_made_within_its_limit(machine: Machine) -> None:
     machine.device.needs_reset()
     disk.read([(0, 512)])
     assert seen == ["begun", "ended", "virtio-needs-reset"]
+
+
+def _virtio(stack: contextlib.ExitStack, *, reset: bool) -> Subject:
+    """Over the virtio driver; with `reset`, each disk has asked for a reset before it is tried."""
+    made: list[Machine] = []
+
+    def disk(descriptor: int, features: int = 0) -> BlockDevice:
+        machine = virtio_disk(os.dup(descriptor), options=BlkOptions(features=ALL_FEATURES | features))
+        stack.callback(machine.close)
+        made.append(machine)
+        resets: list[str] = []
+        found = ResettableDisk(machine.driver, on_reset=resets.append)
+        if reset:
+            machine.device.needs_reset()
+            found.read([(512, 512)])
+            assert resets == ["virtio-needs-reset"]
+        return found
+
+    def create(features: int = 0, *, seals: int = 0) -> BlockDevice:
+        descriptor = disk_file(SIZE_BYTES, initial_content(), seals=seals)
+        stack.callback(os.close, descriptor)
+        return disk(descriptor, features)
+
+    return Subject(
+        create=create,
+        reopen=lambda: disk(made[-1].descriptor),
+        create_read_only=lambda: create(BlkFeature.RO),
+        grow=lambda more: made[-1].device.resize((SIZE_BYTES + more) // 512),
+        create_failing=lambda: create(seals=fcntl.F_SEAL_WRITE),
+    )
+
+
+def _fails_once(model: NvmeModel) -> None:
+    """The controller says that it has failed, until it is reset."""
+    before, model.stalled = model.resets, True
+
+    def status() -> int:
+        if model.resets == before:
+            return model.status() | ControllerStatus.CFS
+        model.stalled = False
+        return model.status()
+
+    model.registers[NvmeRegister.CSTS] = status
+
+
+def _writes_fail(model: NvmeModel, queue: int, completion: Completion) -> Sequence[tuple[int, Completion]]:
+    changes = queue and model.commands[-1][1].opcode in (NvmOpcode.WRITE, NvmOpcode.WRITE_ZEROES)
+    return [(queue, completion.replace(status=_WRITE_FAULT << 1) if changes else completion)]
+
+
+def _nvme(_stack: contextlib.ExitStack, *, reset: bool) -> Subject:
+    """Over the NVMe driver, likewise."""
+    made: list[NvmeBench] = []
+
+    def disk(content: bytearray, policy: NvmePolicy = SMALL_NVME) -> ResettableDisk:
+        made.append(nvme_bench(content, policy=policy))
+        resets: list[str] = []
+        found = ResettableDisk(made[-1].start(), on_reset=resets.append)
+        if reset:
+            _fails_once(made[-1].model)
+            assert found.read([(512, 512)]) == [bytes(content[512:1024])]
+            assert resets == ["nvme-failed"]
+        return found
+
+    def create(policy: NvmePolicy = SMALL_NVME) -> ResettableDisk:
+        return disk(bytearray(initial_content()), policy)
+
+    def create_failing() -> ResettableDisk:
+        found = create()
+        made[-1].model.answer = _writes_fail
+        return found
+
+    return Subject(
+        create=create,
+        reopen=lambda: disk(made[-1].model.content),
+        create_read_only=lambda: create(dataclasses.replace(SMALL_NVME, read_only=True)),
+        grow=lambda more: made[-1].model.content.extend(bytes(more)),
+        create_failing=create_failing,
+    )
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["as-it-is", "after-a-reset"])
+@pytest.mark.parametrize("subject", [_virtio, _nvme])
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: str(check.__name__))
+def test_conformance(check: Check, subject: Callable[..., Subject], reset: bool) -> None:
+    with contextlib.ExitStack() as stack:
+        check(subject(stack, reset=reset))

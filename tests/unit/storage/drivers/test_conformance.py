@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from svsm.abi.block import BlockDevice, Extent, Range
+from svsm.cli.volume.meter import Meter, Watched
 from svsm.formats.errors import StateError
 from svsm.formats.virtio import BlkFeature
 from svsm.host.devices.virtio_blk import ALL_FEATURES, BlkOptions
@@ -63,6 +64,23 @@ def _memory(_folder: Path) -> Subject:
         create_read_only=lambda: MemoryDevice(initial_content(), read_only=True),
         grow=lambda more: devices[-1].data.extend(bytes(more)),
         create_failing=lambda: _FailingMemory(initial_content()),
+    )
+
+
+def _watched(folder: Path) -> Subject:
+    """What `svsm volume create` writes through."""
+    below = _memory(folder)
+
+    def over(make: Callable[[], BlockDevice] | None) -> Callable[[], BlockDevice]:
+        assert make is not None
+        return lambda: Watched(make(), Meter(None))
+
+    return dataclasses.replace(
+        below,
+        create=over(below.create),
+        reopen=over(below.reopen),
+        create_read_only=over(below.create_read_only),
+        create_failing=over(below.create_failing),
     )
 
 
@@ -160,6 +178,7 @@ _OPTIONS = {
 }
 SUBJECTS: dict[str, Callable[[Path], Subject]] = {
     "memory": _memory,
+    "watched": _watched,
     "powercut": _powercut,
     "overlay": _overlay,
     "file": _file,
