@@ -9,6 +9,7 @@ must be as it was.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -208,6 +209,14 @@ def test_an_image_that_is_not_there_is_an_error(used: Vm, place: Path) -> None:
         ended = instance.ended()
     assert (ended.exit_code, ended.code) == (1, "boot-image")
     assert "check the path" in ended.hint
+
+
+@pytest.mark.long
+def test_a_first_boot_blames_the_image_that_is_not_there(place: Path) -> None:
+    first = svsm("boot", "--json", "--state", str(place / "first"), "--image", str(place / "none"), check=False)
+    events = [json.loads(line) for line in first.stdout.splitlines()]
+    failed = [event["step"] for event in events if event.get("state") == "failed"]
+    assert (first.returncode, failed, events[-1]["code"]) == (1, ["image"], "boot-image")
 
 
 @pytest.mark.long

@@ -79,6 +79,8 @@ class Watch:
     def run(self, name: str, body: Callable[[Emit, int], None]) -> None:
         """Fork a role, and wait until its work is done.
 
+        What another role fails with meanwhile is not this step's: the next `check` raises it.
+
         Raises:
             SvsmError: What it failed with; ``boot-role-ended``, ``boot-interrupted``.
         """
@@ -87,14 +89,14 @@ class Watch:
         ended: list[bool] = []
         self._selector.register(role.pidfd, selectors.EVENT_READ, lambda: ended.append(True))
         while not ended:
-            self.check()
+            self._check_stop()
             self.poll(None)
         self._selector.unregister(role.pidfd)
         for event in role.read_events() or []:
             self._take(event)
-        if self._roles.pop(name).collect() and self.failure is None:
-            self.failure = BackendError("a step's process failed", code="boot-role-ended", role=name)
-        self.check()
+        if self._roles.pop(name).collect():
+            self.failure = self.failure or BackendError("a step's process failed", code="boot-role-ended", role=name)
+            raise self.failure
 
     def dismiss(self, name: str) -> None:
         """Take away a role that has done its work."""
@@ -138,6 +140,9 @@ class Watch:
         """Raise what has failed, or ``boot-interrupted`` when the operator wants to stop."""
         if self.failure is not None:
             raise self.failure
+        self._check_stop()
+
+    def _check_stop(self) -> None:
         if self.stop_asked:
             raise StateError("stopped while booting", code="boot-interrupted")
 
