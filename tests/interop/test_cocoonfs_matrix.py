@@ -16,20 +16,17 @@ images, each written by one side and then read, and mostly changed, by the other
 from __future__ import annotations
 
 import hashlib
-import itertools
-import random
 import uuid
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from svsm.storage.cocoonfs import AuxMetadata, Expected, ImageLayout, Volume, provision, read_creation_info
+from svsm.storage.cocoonfs import AuxMetadata, Expected, Volume, provision, read_creation_info
 from svsm.storage.cocoonfs.check import check
 from svsm.storage.cocoonfs.offline import read_aux
-from svsm.storage.cocoonfs.presets import layout_of
 from svsm.storage.drivers.memory import MemoryDevice
+from tests.interop.cocoonfs_cases import ALGORITHMS, Case, case_of
 from tests.interop.cocoonfs_tool import Tool
 
 pytestmark = pytest.mark.interop
@@ -39,97 +36,14 @@ IMAGES_PER_CASE = 5
 QUICK, LONG = range(13), range(13, 120)
 Files = dict[int, tuple[int, bytes]]
 
-_OPTIONS = {
-    "allocation_block_bytes": "--allocation-block-size",
-    "io_block_bytes": "--io-block-size",
-    "data_block_bytes": "--auth-tree-data-block-size",
-    "tree_node_bytes": "--auth-tree-node-size",
-    "bitmap_block_bytes": "--allocation-bitmap-file-block-size",
-    "leaf_node_bytes": "--inode-index-tree-leaf-node-size",
-    "internal_node_bytes": "--inode-index-tree-internal-node-size",
-}
-_ALGORITHMS = [
-    *itertools.product(("sha2", "sha3"), ("aes", "camellia"), (128, 192, 256)),
-    *itertools.product(("sha2", "sha3", "sm3"), ("sm4",), (128,)),
-    *itertools.product(("sm3",), ("aes", "camellia"), (128,)),
-]
-
 
 def _data(seed: str, length: int) -> bytes:
     return hashlib.shake_128(seed.encode()).digest(length)
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """What a seed chooses.
-
-    Attributes:
-        seed: The seed.
-        algorithms: Hash family, cipher, strength.
-        sizes: Block sizes in bytes, as `layout_of` names them.
-        salt: The salt.
-        size: Size of the image in bytes.
-        reserve: For auxiliary metadata, in bytes; None where there is no reserve.
-        announced: Whether the volume is announced first, and made by the other side.
-        trim: Whether our commits give blocks up.
-        many: Whether there are enough files for an index of several levels.
-    """
-
-    seed: int
-    algorithms: tuple[str, str, int]
-    sizes: dict[str, int]
-    salt: bytes
-    size: int
-    reserve: int | None
-    announced: bool
-    trim: bool
-    many: bool
-
-    @property
-    def layout(self) -> ImageLayout:
-        """The configuration."""
-        family, cipher, strength = self.algorithms
-        return layout_of(family, cipher, strength, **self.sizes)
-
-    @property
-    def operations(self) -> list[str]:
-        """What is done in both directions."""
-        chosen = {"announce": self.announced, "mkfs": not self.announced, "trim": self.trim, "many files": self.many}
-        always = ["create", "replace", "grow", "unlink", "auxiliary metadata", "journal"]
-        return [*always, *(name for name, taken in chosen.items() if taken)]
-
-
-def _case(seed: int) -> Case:
-    rng = random.Random(f"configuration {seed}")
-    unit = 128 << rng.choice([0, 0, 1, 2, 5])
-    io = unit << rng.randint(0, 6 if unit < 1024 else 2)
-    sizes = {
-        "allocation_block_bytes": unit,
-        "io_block_bytes": io,
-        "data_block_bytes": unit << rng.randint(0, 6 if unit < 1024 else 2),
-        "tree_node_bytes": io << rng.randint(0, 3) if io > 128 else 256,
-        "bitmap_block_bytes": unit << rng.randint(0, 4),
-        "leaf_node_bytes": unit << rng.randint(0, 3),
-        "internal_node_bytes": unit << rng.randint(0, 3),
-    }
-    largest = max(io, sizes["data_block_bytes"], sizes["tree_node_bytes"])
-    size = max(256 << 10, 96 * largest) + 512 * rng.randint(0, 40) // largest * largest
-    return Case(
-        seed,
-        _ALGORITHMS[seed % len(_ALGORITHMS)],
-        sizes,
-        rng.randbytes(rng.randint(0, 255)),
-        size,
-        (None, 500, 1000)[seed % 3],
-        announced=seed % 4 == 1,
-        trim=seed % 2 == 0,
-        many=seed % 5 == 0,
-    )
-
-
 def test_what_is_promised() -> None:
     """At least 60 images in the quick profile and 500 in the long one; each operation with many configurations."""
-    quick, long = [_case(seed) for seed in QUICK], [_case(seed) for seed in (*QUICK, *LONG)]
+    quick, long = [case_of(seed) for seed in QUICK], [case_of(seed) for seed in (*QUICK, *LONG)]
     images = [IMAGES_PER_CASE * len(cases) for cases in (quick, long)]
     operations = [Counter(name for case in cases for name in case.operations) for cases in (quick, long)]
     print(f"images: {images[0]} quick, {images[1]} long; cases by operation: {dict(operations[1])}")
@@ -137,8 +51,8 @@ def test_what_is_promised() -> None:
     assert images[1] >= 500
     assert len(operations[0]) == 10
     assert min(operations[1].values()) >= 24
-    assert {case.algorithms for case in long} == set(_ALGORITHMS)
-    for name in _OPTIONS:
+    assert {case.algorithms for case in long} == set(ALGORITHMS)
+    for name in quick[0].sizes:
         assert len({case.sizes[name] for case in long}) >= 4, name
 
 
@@ -212,13 +126,10 @@ def _made_by_us(case: Case, tool: Tool) -> tuple[MemoryDevice, AuxMetadata]:
 
 
 def _made_by_them(case: Case, tool: Tool) -> MemoryDevice:
-    family, cipher, strength = case.algorithms
-    sizes = [item for name, value in case.sizes.items() for item in (_OPTIONS[name], f"{value}B")]
-    names = ["-H", family, "-C", cipher, "-t", str(strength), "-I", case.salt.hex(), "-s", f"{case.size // 128 * 128}B"]
     if not case.announced:
-        tool.run("mkfs", "-K", KEY.hex(), *names, *sizes, "-n")
+        tool.run("mkfs", "-K", KEY.hex(), *case.options, "-n")
         return tool.take()
-    tool.run("write-mkfs-info-header", *names, *sizes)
+    tool.run("write-mkfs-info-header", *case.options)
     device = tool.take()
     info = read_creation_info(device)
     assert (info.layout, info.salt) == (case.layout, case.salt)
@@ -272,5 +183,5 @@ def _theirs_first(case: Case, tool: Tool) -> int:
 
 @pytest.mark.parametrize("seed", [*QUICK, *[pytest.param(n, marks=pytest.mark.long) for n in LONG]])
 def test_each_reads_what_the_other_writes(tmp_path: Path, seed: int) -> None:
-    case, tool = _case(seed), Tool(tmp_path, KEY)
+    case, tool = case_of(seed), Tool(tmp_path, KEY)
     assert _ours_first(case, tool) + _theirs_first(case, tool) == IMAGES_PER_CASE
