@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import io
+import socket
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,24 @@ def test_a_review_that_does_not_exist_is_a_usage_error(words: list[str], capsys:
 def test_a_socket_that_cannot_be_made_is_named(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert hostile(["serve", "--attack", "honest", "--socket", str(tmp_path / name)]) == 1
     said = capsys.readouterr().err
-    assert "error: cannot listen: " in said
+    assert said.startswith("error: cannot listen: ")
     assert f"({tmp_path / name})" in said
     assert "hint: " in said
+
+
+def test_it_says_that_it_listens_when_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "socket"
+    reached: list[str] = []
+
+    class Out(io.StringIO):
+        def write(self, text: str) -> int:
+            if text.startswith("listening on "):
+                with socket.socket(socket.AF_UNIX) as client:
+                    client.connect(text.removeprefix("listening on ").strip())
+                    reached.append(text)
+            return len(text)
+
+    monkeypatch.setattr("sys.stderr", Out())
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    assert hostile(["serve", "--number", "1", "--seconds", "0.1", "--socket", str(path)]) == 0
+    assert reached == [f"listening on {path}"]

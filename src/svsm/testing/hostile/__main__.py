@@ -137,9 +137,12 @@ def _serve(options: argparse.Namespace) -> int:
         return 2
     with tempfile.TemporaryDirectory(prefix="svsm-hostile-") as folder:
         path = options.socket or Path(folder) / "vhost-user.sock"
-        if not options.command:
+
+        def listening() -> None:
             print(f"listening on {path}", file=sys.stderr, flush=True)
+
         for plan in chosen:
+            told = listening if plan is chosen[0] and not options.command else None
             report = served.serve(
                 plan,
                 path,
@@ -148,6 +151,7 @@ def _serve(options: argparse.Namespace) -> int:
                 size_bytes=options.size_mib << 20,
                 seconds=options.seconds,
                 command=options.command,
+                on_listening=told,
             )
             _print(report, as_json=options.json)
     return 0

@@ -220,6 +220,7 @@ def serve(
     size_bytes: int = 16 << 20,
     seconds: float = 10.0,
     command: Sequence[str] = (),
+    on_listening: Callable[[], None] | None = None,
 ) -> Report:
     """Serve one attack until the front-end has left, its command has ended, or the time is over.
 
@@ -231,6 +232,7 @@ def serve(
         size_bytes: Of the disk: zeroed memory behind a boot sector that ends a QEMU (`qemu_front_end`).
         seconds: How long the front-end has.
         command: Its words, with ``{socket}`` for the path; without one, whoever connects.
+        on_listening: Called once a front-end can connect.
 
     Raises:
         OSError: The socket cannot be made, or the command not be started.
@@ -262,6 +264,8 @@ def serve(
         disk, _offered(plan, ring, queues), script=observed, make=make, protocol_features=plan.protocol_features
     )
     with _listener(path) as listener:
+        if on_listening is not None:
+            on_listening()
         output = b""
         process = _start(command, path)
         try:
