@@ -13,7 +13,7 @@ import importlib
 from collections.abc import Sequence
 from typing import Protocol, cast
 
-from svsm.cli.volume.words import Verbs
+from svsm.cli.volume.words import FIRST_INODE, Verbs
 
 __all__ = ["HELP", "configure"]
 
@@ -42,6 +42,10 @@ def configure(parser: argparse.ArgumentParser, words: Sequence[str] = ()) -> Non
         parser: Of the group.
         words: What stands behind the group's name; where the first of them is a verb, only its module is loaded.
     """
+    parser.epilog = (
+        f"A file in a volume has no name but a number (INODE), which whoever writes it chooses, from {FIRST_INODE} on. "
+        "svsm volume VERB --help says more."
+    )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     named = [module for module, names in _MODULES.items() if words and words[0] in names]
     for name in named or _MODULES:

@@ -43,6 +43,7 @@ __all__ = [
     "needed_key",
     "opened_input",
     "output",
+    "rounded",
     "writable",
 ]
 
@@ -60,6 +61,13 @@ def emit(members: dict[str, object], text: list[str], *, as_json: bool) -> None:
         print(json.dumps({"schema": 1, **members}))
     elif text:
         print("\n".join(text))
+
+
+def rounded(asked: int | None, made: int) -> list[str]:
+    """What a person is told of a size that a volume cannot have, in bytes; nothing where it has what was asked for."""
+    if asked is None or asked == made:
+        return []
+    return [f"The size was rounded down, from {asked} to {made} bytes: a volume consists of whole blocks."]
 
 
 # -- keys ------------------------------------------------------------------------------------------------------------

@@ -44,11 +44,11 @@ _MEMBERS = {
 def add_verbs(verbs: words.Verbs[argparse.ArgumentParser]) -> None:
     """Add the verbs of this module."""
     write = words.verb(verbs, "write", "create or replace a file", _write)
-    write.add_argument("inode", type=words.inode, metavar="INODE", help="its number, decimal or 0x…")
+    write.add_argument("inode", type=words.inode, metavar="INODE", help=words.INODE_HELP)
     words.add_input(write, "its contents")
     write.add_argument("--flags", type=words.number, default=0, metavar="N", help="the application's byte (default: 0)")
     rm = words.verb(verbs, "rm", "remove files, all or none", _rm)
-    rm.add_argument("inodes", type=words.inode, nargs="+", metavar="INODE", help="their numbers, decimal or 0x…")
+    rm.add_argument("inodes", type=words.inode, nargs="+", metavar="INODE", help="their numbers, as ls has them")
     batch = words.verb(verbs, "batch", "many changes, by default in one commit", _batch)
     words.add_input(batch, "lines such as: write 16 FILE [FLAGS] | rm 17 | commit, or JSON objects")
     batch.add_argument("--commit-every", type=_count, metavar="N", help="commit after every N changes")

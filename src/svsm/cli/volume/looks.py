@@ -29,7 +29,7 @@ def add_verbs(verbs: words.Verbs[argparse.ArgumentParser]) -> None:
     words.add_key(ls)
     read = words.verb(verbs, "read", "write a file's contents to stdout", _read)
     words.add_key(read)
-    read.add_argument("inode", type=words.inode, metavar="INODE", help="its number, decimal or 0x…")
+    read.add_argument("inode", type=words.inode, metavar="INODE", help="its number, as ls has it")
     words.add_output(read, "them")
     for parser in (info, ls, read):
         words.add_json(parser)

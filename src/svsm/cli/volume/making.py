@@ -35,7 +35,10 @@ def add_verbs(verbs: words.Verbs[argparse.ArgumentParser]) -> None:
     for parser in (create, provision):
         words.add_json(parser)
         parser.add_argument(
-            "--size", type=words.size, metavar="SIZE", help="of the volume (default: what is there is used wholly)"
+            "--size",
+            type=words.size,
+            metavar="SIZE",
+            help="of the volume, which gets as much of it as whole blocks fill (default: all that is there)",
         )
         parser.add_argument(
             "--aux-reserve",
@@ -80,6 +83,7 @@ def _create(arguments: argparse.Namespace) -> int:
             "root_digest": volume.root_digest.hex(),
         }
     text = [f"created {arguments.image}: {volume.size_bytes} bytes, {volume.free_bytes} free, salt {salt.hex()}"]
+    text += access.rounded(arguments.size, volume.size_bytes)
     access.emit(members, text, as_json=arguments.json)
     return 0
 
@@ -109,6 +113,7 @@ def _provision(arguments: argparse.Namespace) -> int:
     }
     text = [
         f"announced on {arguments.image}: {size} bytes, salt {salt.hex()}",
+        *access.rounded(arguments.size, size),
         "Nothing of this is authenticated: whoever uses it first should say --expect-salt, -size and -layout.",
     ]
     access.emit(members, text, as_json=arguments.json)

@@ -84,6 +84,7 @@ def _rebuild(arguments: argparse.Namespace, key: bytes, new_key: bytes, *, size:
         device.close()
     text = [
         f"{members['files']} files copied and compared; {volume.size_bytes} bytes, {members['free_bytes']} free",
+        *access.rounded(size, volume.size_bytes),
         f"counter {members['counter']}, root digest {members['root_digest']}",
     ]
     access.emit(members, text, as_json=arguments.json)

@@ -86,7 +86,7 @@ def _list(arguments: argparse.Namespace) -> int:
     records = members["records"]
     text = []
     if isinstance(records, list):
-        text = [f"{record['uuid']}  {record['index']}  {record['bytes']} bytes" for record in records]
+        text = [f"{record['uuid']}  index {record['index']}  {record['bytes']} bytes" for record in records]
     access.emit(members, text, as_json=arguments.json)
     return 0
 

@@ -23,7 +23,12 @@ _GOOD, _WRONG = 0, 3
 def add_verbs(verbs: words.Verbs[argparse.ArgumentParser]) -> None:
     """Add the verbs of this module."""
     check = words.verb(verbs, "check", "verify everything, without writing", _check)
-    repair = words.verb(verbs, "repair", "check, and mend what can be mended; nothing where data is concerned", _repair)
+    repair = words.verb(
+        verbs,
+        "repair",
+        "check, and mend what an interruption left behind; damaged files are named and stay as they are",
+        _repair,
+    )
     for parser, writes in ((check, False), (repair, True)):
         words.add_key(parser)
         words.add_json(parser)

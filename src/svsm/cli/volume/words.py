@@ -14,6 +14,8 @@ from collections.abc import Callable
 
 __all__ = [
     "BLOCKS",
+    "FIRST_INODE",
+    "INODE_HELP",
     "Verbs",
     "add_access",
     "add_first_use",
@@ -43,6 +45,9 @@ BLOCKS = {
     "internal_node": "of the index of files, 1 to 64 allocation blocks",
 }
 """Block sizes that can be named, as `presets.layout_of` has them without ``_bytes``."""
+FIRST_INODE = 16
+"""`layout.FIRST_USER_INODE`, which takes long to import."""
+INODE_HELP = f"its number, which you choose: {FIRST_INODE} or more, at most 64 bits, decimal or 0x…"
 
 
 def size(text: str) -> int:

@@ -116,6 +116,16 @@ def _no_such_file(inode: int) -> StateError:
     return StateError("there is no such file in the volume", code="cocoonfs-no-such-file", inode=inode)
 
 
+def _check_inode(inode: int) -> None:
+    if not FIRST_USER_INODE <= inode <= _MAX_INODE:
+        raise StateError(
+            "this inode number is not for files",
+            code="cocoonfs-inode",
+            hint=f"a file has a number that you choose: {FIRST_USER_INODE} or more, at most 64 bits",
+            inode=inode,
+        )
+
+
 class Transaction:
     """Changes to several files that happen together or not at all.
 
@@ -145,8 +155,7 @@ class Transaction:
         Raises:
             StateError: ``cocoonfs-inode``, ``cocoonfs-flags``, ``cocoonfs-transaction-ended``.
         """
-        if not FIRST_USER_INODE <= inode <= _MAX_INODE:
-            raise StateError("this inode number is not for files", code="cocoonfs-inode", inode=inode)
+        _check_inode(inode)
         if not 0 <= flags <= 0xFF:
             raise StateError("flags are one byte", code="cocoonfs-flags", got=flags)
         self._open()[inode] = Change(bytes(data), flags)
@@ -157,8 +166,7 @@ class Transaction:
         Raises:
             StateError: ``cocoonfs-no-such-file``, ``cocoonfs-inode``, ``cocoonfs-transaction-ended``.
         """
-        if not FIRST_USER_INODE <= inode <= _MAX_INODE:
-            raise StateError("this inode number is not for files", code="cocoonfs-inode", inode=inode)
+        _check_inode(inode)
         changes = self._open()
         known = changes.get(inode)
         stored = self._volume.exists(inode)

@@ -122,7 +122,7 @@ class Volume:
                 raise FormatError(
                     "this volume was announced, but not created yet",
                     code="cocoonfs-creation-info",
-                    hint="nothing is on it yet; whoever has its key can create it by opening it for its first use",
+                    hint="nothing is on it yet; `svsm volume write --first-use` (or batch, import) and its key make it",
                 )
             create_announced(device, key, header, expected=expected, allow_weak=allow_weak, random=random)
             header = read_static_header(device)

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from svsm.cli.main import main
+from svsm.cli.volume.words import FIRST_INODE
+from svsm.storage.cocoonfs.layout import FIRST_USER_INODE
 from tests.unit.cli.volume.conftest import STATE, Bench
 
 KEYED = "--key-file @key"
@@ -49,6 +52,26 @@ def test_refused_changes(bench: Bench) -> None:
     ):
         bench.refused(line, code)
     bench.refused("write @image 16 @in --key-file @wrong", "cocoonfs-authentication", code=3)
+
+
+def test_the_first_number_of_a_file_is_named(bench: Bench) -> None:
+    assert FIRST_INODE == FIRST_USER_INODE
+    bench.put("in", b"x")
+    for line in (f"write @image {FIRST_INODE - 1} @in {KEYED}", f"rm @image 1 {KEYED}"):
+        bench.refused(line, "cocoonfs-inode")
+        assert f"hint: a file has a number that you choose: {FIRST_INODE} or more" in bench.stderr
+    bench.run(f"write @image {FIRST_INODE} @in {KEYED}")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["write", "--help"]])
+def test_the_help_says_what_an_inode_is(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["volume", *words])
+    assert ended.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "INODE" in said
+    assert "choose" in said
+    assert str(FIRST_INODE) in said
 
 
 def _batch(bench: Bench, *lines: str | dict[str, Any], options: str = "") -> dict[str, Any]:

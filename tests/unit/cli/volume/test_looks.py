@@ -59,6 +59,7 @@ def test_info_of_an_announcement(bench: Bench) -> None:
     assert (info["from_backup"], info["aux_reserve_bytes"]) == (False, 100)
     # Where the first copy is torn, the backup that a first use makes counts.
     bench.refused("ls @announced --key-file @key", "cocoonfs-creation-info")
+    assert "--first-use" in bench.stderr
 
 
 def test_damaged_auxiliary_metadata_does_not_hide_the_rest(bench: Bench) -> None:

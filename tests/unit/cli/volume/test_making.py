@@ -98,6 +98,22 @@ def test_a_size_that_is_too_small_gets_a_hint(bench: Bench, verb: str, size: str
     assert "hint: " in bench.stderr
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "create @new --key-file @key --size 70000",
+        "provision @new --size 70000",
+        "create @image --key-file @key --force --size 70000",
+        "resize @image 70000 --key-file @key",
+    ],
+)
+def test_a_size_that_is_rounded_down_is_said(bench: Bench, line: str) -> None:
+    said = bench.run(line).decode()
+    assert "The size was rounded down, from 70000 to 69632 bytes" in said
+    assert "69632 bytes" in said.splitlines()[0]
+    assert "The size was" not in bench.run(line.replace("@new", "@other").replace("70000", "69632")).decode()
+
+
 def test_a_disk_in_use_is_refused(bench: Bench) -> None:
     with bench.image.open("rb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)

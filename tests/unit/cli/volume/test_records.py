@@ -25,7 +25,7 @@ def test_every_verb(bench: Bench, key: str) -> None:
     said = bench.json(f"aux add @image {A} @two {key}")
     assert (len(said["records"]), said["reserve_bytes"] is None) == (3, False)
     assert _records(bench) == [(A, 0, 5), (A, 1, 10), (B, 0, 5)]
-    assert bench.run("aux list @image").decode().splitlines()[1] == f"{A}  1  10 bytes"
+    assert bench.run("aux list @image").decode().splitlines()[1] == f"{A}  index 1  10 bytes"
     bench.run(f"aux replace @image {B} @two {key}")
     bench.run(f"aux remove @image {A} --index 0 {key}")
     assert _records(bench) == [(A, 0, 10), (B, 0, 10)]
