@@ -271,8 +271,10 @@ def _load_environment(archive: Archive, manifest: Manifest, finder: PayloadFinde
     if "_hashlib" in modules:
         import ctypes
 
-        name = "native/libcrypto.so.3"
-        _load_library(archive, finder, name)
+        name = ""
+        while name != "native/libcrypto.so.3":  # after what it needs, or the file system's would be mapped
+            name, _ = manifest.loads.pop(0)
+            _load_library(archive, finder, name)
         held = ctypes.CDLL(f"/proc/self/fd/{finder.held[-1]}")
         held.OPENSSL_init_crypto(ctypes.c_uint64(0x80), None)  # NO_LOAD_CONFIG: openssl.cnf is not measured
         __import__("_hashlib")
@@ -340,11 +342,11 @@ def _executable(maps: str) -> dict[str, list[tuple[int, int]]]:
 
 
 def _load_payload_objects(archive: Archive, manifest: Manifest, finder: PayloadFinder) -> None:
-    """Step 5."""
+    """Step 5: what step 3 has left."""
     for name, module in manifest.loads:
         if module is not None:
             __import__(module)
-        elif name != "native/libcrypto.so.3" or "_hashlib" not in sys.modules:
+        else:
             _load_library(archive, finder, name)
     if "_cffi_backend" in sys.modules:
         backend = sys.modules["_cffi_backend"]
