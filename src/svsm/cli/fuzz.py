@@ -9,10 +9,12 @@ out, one by one, and demands that the fuzzer finds each removal.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -163,6 +165,23 @@ def _review(arguments: argparse.Namespace) -> int:
     return 1 if missed else 0
 
 
+@contextlib.contextmanager
+def _readable(path: Path, hint: str) -> Iterator[None]:
+    """Around reading what the command line names.
+
+    Raises:
+        BackendError: ``fuzz-input``.
+    """
+    from svsm.formats.errors import BackendError
+
+    try:
+        yield
+    except OSError as error:
+        raise BackendError(
+            f"cannot read the input {path}: {error.strerror}", code="fuzz-input", hint=hint, path=str(path)
+        ) from error
+
+
 def _distil(arguments: argparse.Namespace) -> int:
     from svsm.fuzz.distil import distilled
     from svsm.fuzz.targets import find
@@ -170,7 +189,9 @@ def _distil(arguments: argparse.Namespace) -> int:
 
     target = find(arguments.target)
     corpus = arguments.corpus or _WORK / "corpus" / target.name
-    kept = distilled(target, [path.read_bytes() for path in sorted(corpus.iterdir()) if path.is_file()])
+    with _readable(corpus, "--corpus names a folder of inputs; a run of the target makes the default one"):
+        inputs = [path.read_bytes() for path in sorted(corpus.iterdir()) if path.is_file()]
+    kept = distilled(target, inputs)
     arguments.distil.mkdir(parents=True, exist_ok=True)
     for data in kept:
         save_input(arguments.distil, data)
@@ -183,7 +204,8 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     from svsm.fuzz.targets import find
 
     target = find(arguments.target)
-    data = arguments.reproduce.read_bytes()
+    with _readable(arguments.reproduce, "--reproduce names one input, such as a file in build/fuzz/findings/TARGET"):
+        data = arguments.reproduce.read_bytes()
     try:
         outcome = execute(target, data)
     except Finding as finding:

@@ -20,6 +20,9 @@ from svsm.testing.reviews import asked
     [
         (["no-such-target"], 1, "[fuzz-target]"),
         (["review", "--row", "no such row"], 1, "[fuzz-row]"),
+        (["settings", "--reproduce", "no such file"], 1, "hint: --reproduce names one input"),
+        (["settings", "--reproduce", "/"], 1, "[fuzz-input]"),
+        (["settings", "--distil", "nowhere", "--corpus", "no such folder"], 1, "hint: --corpus names a folder"),
         (["settings", "--time", "soon"], 2, "soon is no time"),
         (["settings", "--time", "0"], 2, "0 is no time"),
     ],
@@ -28,7 +31,7 @@ def test_what_names_nothing_is_refused(
     words: list[str], status: int, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        raise SystemExit(main(["fuzz", *words, "--corpus", str(tmp_path), "--findings", str(tmp_path)]))
+        raise SystemExit(main(["fuzz", "--corpus", str(tmp_path), "--findings", str(tmp_path), *words]))
     said = capsys.readouterr()
     assert ended.value.code == status
     assert text in said.err
