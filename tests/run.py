@@ -5,6 +5,9 @@
 run and for `--long`. A suite that lost cases (a folder renamed, a marker mistyped, a peer that vanished) is a
 failure here, not a green run with a smaller number. In CI so is a skip whose reason `promises.toml` does not allow;
 what only root can look at may skip where the run is an ordinary user's, and is counted as kept then.
+
+What tests count themselves (power cuts, images) they record with pytest's `record_property`; the sums, by name, stand
+under the table.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import sys
 import time
 import tomllib
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +45,7 @@ class _Outcome:
     seconds: float = 0.0
     complaint: str = ""
     reasons: list[str] = dataclasses.field(default_factory=list)
+    counts: Counter[str] = dataclasses.field(default_factory=Counter)
 
 
 def _promises() -> dict[str, Any]:
@@ -87,6 +92,7 @@ def _run(suite: _Suite, profile: str, extra: list[str]) -> _Outcome:
             outcome.skipped += int(element.get("skipped", 0))
             outcome.passed += total - bad - int(element.get("skipped", 0))
             outcome.reasons += [skipped.get("message", "") for skipped in element.iter("skipped")]
+            outcome.counts.update(_counts(element))
     if code != 0 and not (code == 1 and outcome.failed):
         outcome.complaint = f"pytest ended with {code}, see above"
     elif outcome.passed < suite.cases:
@@ -94,6 +100,14 @@ def _run(suite: _Suite, profile: str, extra: list[str]) -> _Outcome:
     elif outcome.seconds > suite.budget_s:
         outcome.complaint = "over its budget"
     return outcome
+
+
+def _counts(suite: ElementTree.Element) -> Counter[str]:
+    """The sums, by name, of the numbers that a suite's tests recorded."""
+    counts: Counter[str] = Counter()
+    for recorded in suite.iterfind("testcase/properties/property"):
+        counts[recorded.get("name", "")] += int(recorded.get("value", ""))
+    return counts
 
 
 def main() -> int:
@@ -134,6 +148,9 @@ def main() -> int:
             f"{suite.name:10} {outcome.passed:7} {outcome.failed:7} {outcome.skipped:8} {suite.cases:9} "
             f"{outcome.seconds:8.1f} {suite.budget_s:9}  {outcome.complaint}"
         )
+    for suite, outcome in outcomes:
+        if outcome.counts:
+            print(f"{suite.name}: {', '.join(f'{count:,} {name}' for name, count in outcome.counts.items())}")
     passed, failed = sum(o.passed for _, o in outcomes), sum(o.failed for _, o in outcomes)
     print(f"{passed} passed, {failed} failed, {sum(o.skipped for _, o in outcomes)} skipped")
     return 1 if bad or not outcomes else 0

@@ -10,7 +10,7 @@ images, each written by one side and then read, and mostly changed, by the other
 4. the program's, made or announced by it;
 5. ours again, changed by us.
 
-`test_what_is_promised` counts images and what occurs in them.
+`test_what_is_promised` counts images and what occurs in them; `./run test` prints how many images there were.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import uuid
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,6 @@ def test_what_is_promised() -> None:
     quick, long = [case_of(seed) for seed in QUICK], [case_of(seed) for seed in (*QUICK, *LONG)]
     images = [IMAGES_PER_CASE * len(cases) for cases in (quick, long)]
     operations = [Counter(name for case in cases for name in case.operations) for cases in (quick, long)]
-    print(f"images: {images[0]} quick, {images[1]} long; cases by operation: {dict(operations[1])}")
     assert images[0] >= 60
     assert images[1] >= 500
     assert len(operations[0]) == 10
@@ -182,6 +182,10 @@ def _theirs_first(case: Case, tool: Tool) -> int:
 
 
 @pytest.mark.parametrize("seed", [*QUICK, *[pytest.param(n, marks=pytest.mark.long) for n in LONG]])
-def test_each_reads_what_the_other_writes(tmp_path: Path, seed: int) -> None:
+def test_each_reads_what_the_other_writes(
+    tmp_path: Path, seed: int, record_property: Callable[[str, object], None]
+) -> None:
     case, tool = case_of(seed), Tool(tmp_path, KEY)
-    assert _ours_first(case, tool) + _theirs_first(case, tool) == IMAGES_PER_CASE
+    images = _ours_first(case, tool) + _theirs_first(case, tool)
+    record_property("images", images)
+    assert images == IMAGES_PER_CASE

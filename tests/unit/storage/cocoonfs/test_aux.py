@@ -204,23 +204,23 @@ def _crash_offline(changes: Iterable[AuxMetadata], start: AuxMetadata, block_siz
     return count
 
 
-def test_crash_offline() -> None:
+def test_crash_offline(record_property: Callable[[str, object], None]) -> None:
     start = AuxMetadata(reserve_bytes=1024)
     one = start.add(A, _data("a", 400))
     count = _crash_offline([one, one.add(B, _data("b", 300))], start, 512, 1)
-    print(f"cuts during changes of auxiliary metadata without the key: {count}")
+    record_property("crash cases", count)
     assert count > 40
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("block_size", [128, 512])
 @pytest.mark.parametrize("reserve", [1024, 12_000])
-def test_crash_offline_at_length(block_size: int, reserve: int) -> None:
+def test_crash_offline_at_length(block_size: int, reserve: int, record_property: Callable[[str, object], None]) -> None:
     start = AuxMetadata(reserve_bytes=reserve).add(A, _data("a", 200))
     one = start.add(B, _data("b", reserve // 3))
     changes = [one, one.remove(A), one.replace(B, _data("c", reserve // 2)), start]
     count = _crash_offline(changes, start, block_size, 100)
-    print(f"cuts during changes of auxiliary metadata without the key: {count}")
+    record_property("crash cases", count)
     assert count > (200 if reserve == 1024 else 900)
 
 
@@ -247,14 +247,16 @@ def _crash_online(block_size: int, samples: int) -> int:
     return count
 
 
-def test_crash_online() -> None:
-    assert _crash_online(512, 1) > 40
+def test_crash_online(record_property: Callable[[str, object], None]) -> None:
+    count = _crash_online(512, 1)
+    record_property("crash cases", count)
+    assert count > 40
 
 
 @pytest.mark.long
-def test_crash_online_at_length() -> None:
+def test_crash_online_at_length(record_property: Callable[[str, object], None]) -> None:
     count = _crash_online(128, 150) + _crash_online(512, 150)
-    print(f"cuts during changes of auxiliary metadata with the key: {count}")
+    record_property("crash cases", count)
     assert count > 1000
 
 

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """Power cuts during everything that writes, enumerated: what was there before or after it, never anything else.
 
-Each workload promises how many cases its enumeration has, at least; their sums are what `docs/volume.md` says. A
-barrier that is left out must be noticed, or stand in `UNNOTICED` with its reason.
+Each workload promises how many cases its enumeration has, at least; their sums are what `docs/volume.md` says, and
+`./run test` prints how many there were. A barrier that is left out must be noticed, or stand in `UNNOTICED` with its
+reason.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 
 import pytest
 
@@ -52,9 +54,9 @@ def test_what_is_promised() -> None:
 
 
 @pytest.mark.parametrize("name", QUICK)
-def test_old_or_new(name: str) -> None:
+def test_old_or_new(name: str, record_property: Callable[[str, object], None]) -> None:
     count = enumerate_cuts(getattr(workloads, name)(TRIMS), samples=2, every=6)
-    print(f"{name}: {count}")
+    record_property("crash cases", count.cases)
     assert count.faults == []
     assert count.cases >= PROMISED[name][0]
     assert len(count.seen) >= 2
@@ -63,18 +65,17 @@ def test_old_or_new(name: str) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", PROMISED)
-def test_old_or_new_at_length(name: str) -> None:
+def test_old_or_new_at_length(name: str, record_property: Callable[[str, object], None]) -> None:
     total = 0
     much = name == "much_aux_without_key"
     for configuration in CONFIGURATIONS:
         count = enumerate_cuts(
             getattr(workloads, name)(configuration), samples=2 if much else 100, every=6 if much else 1
         )
-        print(f"{name}, {configuration.name}: {count}")
         assert count.faults == []
         assert len(count.seen) >= 2
         total += count.cases
-    print(f"{name}: {total} cases")
+    record_property("crash cases", total)
     assert total >= PROMISED[name][1]
 
 

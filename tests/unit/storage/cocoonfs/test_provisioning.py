@@ -213,17 +213,20 @@ def _crash_first_use(initial: bytes, block_size: int, samples: int, salt: bytes)
 
 
 @pytest.mark.parametrize(("block_size", "salt"), [(512, b"salt"), (512, bytes(range(1, 256)))])
-def test_crash_at_first_use(block_size: int, salt: bytes) -> None:
+def test_crash_at_first_use(block_size: int, salt: bytes, record_property: Callable[[str, object], None]) -> None:
     """At every moment of a first format the disk is still announced, or holds the finished volume."""
     device = _announced(16 << 10, salt=salt, block_size=block_size)
     count = _crash_first_use(bytes(device.data), block_size, 0, salt)
+    record_property("crash cases", count)
     assert count > 15
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("salt", [b"", bytes(range(255))])
 @pytest.mark.parametrize("block_size", [128, 512])
-def test_crash_at_first_use_at_length(block_size: int, salt: bytes) -> None:
+def test_crash_at_first_use_at_length(
+    block_size: int, salt: bytes, record_property: Callable[[str, object], None]
+) -> None:
     device = _announced(24 << 10, salt=salt, block_size=block_size)
     initial = bytes(device.data)
     count = _crash_first_use(initial, block_size, 40, salt)
@@ -232,7 +235,7 @@ def test_crash_at_first_use_at_length(block_size: int, salt: bytes) -> None:
     with pytest.raises(SvsmError):
         Volume.open(disk, KEY, first_use=True)
     count += _crash_first_use(disk.content, block_size, 40, salt)
-    print(f"cuts during first formats: {count}")
+    record_property("crash cases", count)
     assert count > 200
 
 
