@@ -20,7 +20,7 @@ def test_crash(record_property, count):
 def test_images(record_property):
     record_property("images", 5)
 
-def test_nothing():
+def test_that_counts_no_cases():
     pass
 """
 
