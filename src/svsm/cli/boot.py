@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from svsm.cli.state_option import add_state
+
 if TYPE_CHECKING:
     from svsm.cli.supervisor.disk import Disk, DiskKind
     from svsm.host.devices.key_channel import KeyChannel
@@ -21,17 +23,24 @@ _LAST_ABI = 64
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `svsm boot`."""
-    parser.add_argument("--state", type=Path, metavar="DIR", help="state directory ($XDG_STATE_HOME/svsm)")
-    parser.add_argument("--image", type=Path, metavar="FILE", help="boot this IGVM image instead of building one")
-    parser.add_argument("--broker", metavar="URL", help="a broker elsewhere, instead of the embedded one")
+    add_state(parser)
+    parser.add_argument("--image", type=Path, metavar="FILE", help="boot this IGVM image (default: one is built)")
+    parser.add_argument("--broker", metavar="URL", help="a broker elsewhere (default: one of this boot's own)")
     parser.add_argument("--broker-key", type=Path, metavar="PEM", help="that broker's public key, to pin in the image")
-    parser.add_argument("--serial", type=Path, metavar="SOCKET", help="a proxy elsewhere that listens on this socket")
+    parser.add_argument(
+        "--serial",
+        type=Path,
+        metavar="SOCKET",
+        help="a proxy elsewhere that listens on this socket (default: one of this boot's own)",
+    )
     parser.add_argument(
         "--disk",
         type=_disk,
         metavar="KIND[:PATH]",
-        help="file:PATH, vhost-user:SOCKET, qemu-virtio[:PATH], qemu-nvme[:PATH], direct:PATH or process:SOCKET "
-        "(default: an 8 MiB file in the state)",
+        help="where the volume is. file:PATH: a file or block device; qemu-virtio[:PATH], qemu-nvme[:PATH]: the same "
+        "behind QEMU's device; direct:PATH: the same, with no device between; vhost-user:SOCKET: a vhost-user-blk "
+        "daemon that listens there; process:SOCKET: a program that listens there and speaks the simple disk protocol "
+        "of this project (python -m svsm.testing.diskprocess is one) (default: an 8 MiB file in the state directory)",
     )
     parser.add_argument(
         "--channel",
@@ -41,10 +50,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "always its COM3)",
     )
     parser.add_argument(
-        "--tpm-tcp", type=_port, metavar="PORT", help="serve the TPM on loopback too: data on PORT, control on PORT+1"
+        "--tpm-tcp",
+        type=_port,
+        metavar="PORT",
+        help="serve the TPM on loopback too: data on PORT, control on PORT+1 (default: only on a Unix socket)",
     )
     parser.add_argument(
-        "--landlock-abi", type=_abi, metavar="N", help="use no newer Landlock than this (to see what it gives)"
+        "--landlock-abi",
+        type=_abi,
+        metavar="N",
+        help="confine every process as an older Linux would: with no later version than N of Landlock, the kernel's "
+        "sandbox for files and ports; to see what is lost there (default: the latest that this Linux has)",
     )
     parser.add_argument("--json", action="store_true", help="one JSON event per line")
     parser.set_defaults(run=lambda arguments: _run(parser, arguments))

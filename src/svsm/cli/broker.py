@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from svsm.cli.state_option import add_state
 from svsm.formats.errors import BackendError, FormatError, StateError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--listen",
         default="127.0.0.1:0",
         metavar="HOST:PORT",
-        help="where to listen (127.0.0.1:0: loopback, any free port; the URL is printed)",
+        help="where to listen (default: 127.0.0.1:0, loopback and any free port; the URL is printed)",
     )
     serve.set_defaults(run=_serve)
     key = verbs.add_parser("key", help="print the public key that an image's settings must pin")
@@ -59,7 +60,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     allow.set_defaults(run=_allow)
     show = nouns.add_parser("show", help="show volumes, their states and allowed digests")
     _state(show)
-    show.add_argument("volume", metavar="VOLUME", nargs="?", help="its id or name (all)")
+    show.add_argument("volume", metavar="VOLUME", nargs="?", help="its id or name (default: all)")
     show.add_argument("--json", action="store_true", help="one JSON object")
     show.set_defaults(run=_show)
 
@@ -73,7 +74,7 @@ def _configure_create(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--configuration", type=Path, metavar="FILE", help="launch configuration (JSON) to make it for")
     parser.add_argument("--name", help="name of the VM (without --configuration)")
-    parser.add_argument("--volume-id", metavar="UUID", help="id of the volume (random)")
+    parser.add_argument("--volume-id", metavar="UUID", help="id of the volume (default: random)")
     parser.add_argument(
         "--tpm", action="append", default=[], metavar="NAME:FRONT", help="a TPM with front socket or svsm; repeatable"
     )
@@ -84,7 +85,7 @@ def _configure_create(parser: argparse.ArgumentParser) -> None:
 
 
 def _state(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--state", type=Path, metavar="DIR", help="the state directory ($XDG_STATE_HOME/svsm)")
+    add_state(parser)
 
 
 def _folder(arguments: argparse.Namespace) -> Path:

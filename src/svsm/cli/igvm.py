@@ -34,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "measure", help="compute the launch digest", description="Compute the launch digest of an IGVM or OVMF file."
     )
     measure.add_argument("file", type=Path, metavar="FILE", nargs="?", help="an IGVM file")
-    measure.add_argument("--platform", choices=["sev-snp"], default="sev-snp", help="the platform (sev-snp)")
+    measure.add_argument("--platform", choices=["sev-snp"], default="sev-snp", help="the platform (default: sev-snp)")
     measure.add_argument(
         "--native-zero", action="store_true", help="the loader launches empty pages as ZERO pages (Vanadium)"
     )
@@ -50,7 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     build.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the file to write")
     build.add_argument("--broker-key", type=Path, metavar="PEM", help="public key of the broker (P-384), pinned")
-    build.add_argument("--policy", type=_number, default=0x3_0000, help="SNP guest policy (0x30000)")
+    build.add_argument("--policy", type=_number, default=0x3_0000, help="SNP guest policy (default: 0x30000)")
     build.add_argument("--force", action="store_true", help="overwrite OUT")
     _add_ovmf(build)
     build.add_argument("--json", action="store_true", help="one JSON object")
@@ -60,10 +60,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def _add_ovmf(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("OVMF, as QEMU launches it without IGVM")
     group.add_argument("--ovmf", type=Path, metavar="FIRMWARE", help="a firmware file with SEV metadata")
-    group.add_argument("--vcpus", type=_number, metavar="N", help="number of vCPUs (1)")
-    group.add_argument("--vcpu-type", metavar="TYPE", help="QEMU's CPU model, e.g. EPYC-Milan-v2 (EPYC-v4)")
+    group.add_argument("--vcpus", type=_number, metavar="N", help="number of vCPUs (default: 1)")
+    group.add_argument("--vcpu-type", metavar="TYPE", help="QEMU's CPU model, e.g. EPYC-Milan-v2 (default: EPYC-v4)")
     group.add_argument("--vcpu-signature", type=_number, metavar="N", help="CPUID signature instead of a model")
-    group.add_argument("--guest-features", type=_number, metavar="N", help="SEV_FEATURES of each vCPU (0x1)")
+    group.add_argument("--guest-features", type=_number, metavar="N", help="SEV_FEATURES of each vCPU (default: 0x1)")
 
 
 def _number(text: str) -> int:

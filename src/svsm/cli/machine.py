@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from svsm.cli.state_option import add_state
+
 if TYPE_CHECKING:
     from svsm.hardware.authority import Machine
 
@@ -21,7 +23,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the verbs of `svsm machine`."""
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     init = verbs.add_parser("init", help="mint the machine: root, intermediate, chip key (takes some seconds)")
-    init.add_argument("--product", choices=["Milan", "Genoa", "Turin"], default="Milan", help="what chip to imitate")
+    init.add_argument(
+        "--product", choices=["Milan", "Genoa", "Turin"], default="Milan", help="what chip to imitate (default: Milan)"
+    )
     init.add_argument("--force", action="store_true", help="replace the machine that is there")
     init.set_defaults(run=_init)
     show = verbs.add_parser("show", help="chip, certificates and root fingerprint")
@@ -32,14 +36,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         description="Writes the 1184 bytes of the report and then the certificate table. The report is of no guest.",
     )
     report.add_argument("output", type=Path, metavar="FILE", help="where to write it")
-    report.add_argument("--version", type=int, choices=[3, 5], default=5, help="report version (5)")
+    report.add_argument("--version", type=int, choices=[3, 5], default=5, help="report version (default: 5)")
     report.add_argument(
         "--report-data", type=_report_data, default=bytes(64), metavar="HEX", help="up to 64 bytes, zero-padded"
     )
     report.add_argument("--force", action="store_true", help="overwrite FILE")
     report.set_defaults(run=_report)
     for verb in (init, show, report):
-        verb.add_argument("--state", type=Path, metavar="DIR", help="the state directory ($XDG_STATE_HOME/svsm)")
+        add_state(verb)
     for verb in (init, show):
         verb.add_argument("--json", action="store_true", help="one JSON object")
 

@@ -17,7 +17,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", required=True, help="the broker, e.g. http://127.0.0.1:8080")
     parser.add_argument("--serial", required=True, type=Path, metavar="SOCKET", help="Unix socket to listen on")
     parser.add_argument("--force", action="store_true", help="replace a socket that nobody listens on any more")
-    parser.add_argument("--timeout", type=float, default=30.0, metavar="SECONDS", help="for each exchange (30)")
+    parser.add_argument(
+        "--timeout", type=float, default=30.0, metavar="SECONDS", help="for each exchange (default: 30)"
+    )
     parser.set_defaults(run=_run)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
+
+from svsm.cli.state_option import add_state
 
 __all__ = ["configure"]
 
@@ -14,7 +15,7 @@ _NOT_PROTECTED = "putting an active volume back to an older state is not noticed
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `svsm status`."""
-    parser.add_argument("--state", type=Path, metavar="DIR", help="the state directory ($XDG_STATE_HOME/svsm)")
+    add_state(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.set_defaults(run=_run)
 

@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from svsm.cli.state_option import add_state
 
 __all__ = ["configure"]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `svsm stop`."""
-    parser.add_argument("--state", type=Path, metavar="DIR", help="the state directory ($XDG_STATE_HOME/svsm)")
-    parser.add_argument("--timeout", type=float, default=15.0, metavar="SECONDS", help="how long to wait (15)")
+    add_state(parser)
+    parser.add_argument("--timeout", type=float, default=15.0, metavar="SECONDS", help="how long to wait (default: 15)")
     parser.set_defaults(run=_run)
 
 
