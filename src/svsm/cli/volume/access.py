@@ -25,6 +25,7 @@ from svsm.formats.errors import BackendError, FormatError, StateError
 
 if TYPE_CHECKING:
     from svsm.abi.block import BlockDevice
+    from svsm.cli.volume.meter import Meter
     from svsm.storage.cocoonfs import FoundJournal, Volume
     from svsm.storage.cocoonfs.layout import ImageLayout
     from svsm.storage.drivers.file import FileDevice
@@ -39,6 +40,7 @@ __all__ = [
     "give",
     "key",
     "layout",
+    "length_of",
     "looking",
     "needed_key",
     "opened_input",
@@ -51,6 +53,7 @@ _MAX_KEY_BYTES = 4096
 _HEX = frozenset(b"0123456789abcdefABCDEF")
 _SMALLEST_BLOCK = 128
 _FILE_BLOCK = 512
+_PIECE_BYTES = 1 << 20
 
 
 def emit(members: dict[str, object], text: list[str], *, as_json: bool) -> None:
@@ -238,20 +241,33 @@ def _open(arguments: argparse.Namespace, device: BlockDevice, *, read_only: bool
 
 
 @contextlib.contextmanager
-def looking(arguments: argparse.Namespace) -> Iterator[Opened]:
-    """The volume, opened without writing."""
+def looking(arguments: argparse.Namespace, progress: Meter | None = None) -> Iterator[Opened]:
+    """The volume, opened without writing.
+
+    Args:
+        arguments: Of the verb.
+        progress: Is told what is read; see `Meter.moving`.
+    """
     device = disk(arguments.image)
     try:
-        yield _open(arguments, device, read_only=True)
+        yield _open(arguments, _watched(device, progress), read_only=True)
     finally:
         device.close()
 
 
+def _watched(device: BlockDevice, progress: Meter | None) -> BlockDevice:
+    if progress is None:
+        return device
+    from svsm.cli.volume.meter import Watched
+
+    return Watched(device, progress)
+
+
 @contextlib.contextmanager
-def changing(arguments: argparse.Namespace) -> Iterator[Volume]:
-    """The volume, locked and opened for changes."""
+def changing(arguments: argparse.Namespace, progress: Meter | None = None) -> Iterator[Volume]:
+    """The volume, locked and opened for changes; `progress` as for `looking`."""
     with writable(arguments) as device:
-        yield _open(arguments, device, read_only=False).volume
+        yield _open(arguments, _watched(device, progress), read_only=False).volume
 
 
 def layout(arguments: argparse.Namespace, base: ImageLayout | None = None) -> ImageLayout | None:
@@ -295,12 +311,21 @@ def layout(arguments: argparse.Namespace, base: ImageLayout | None = None) -> Im
 # -- files on this machine -------------------------------------------------------------------------------------------
 
 
-def contents(source: str, *, limit_bytes: int) -> bytes:
+def length_of(file: BinaryIO) -> int:
+    """How many bytes an input has; 0 where that is not known before its end."""
+    try:
+        return os.fstat(file.fileno()).st_size
+    except OSError:  # of a stream without a descriptor, too
+        return 0
+
+
+def contents(source: str, *, limit_bytes: int, progress: Meter | None = None) -> bytes:
     """What a file (or stdin, for ``-``) holds.
 
     Args:
         source: Its path.
         limit_bytes: What cannot fit anyhow is not read into memory.
+        progress: Is told how much was read.
 
     Raises:
         BackendError: ``volume-input``.
@@ -308,14 +333,19 @@ def contents(source: str, *, limit_bytes: int) -> bytes:
     """
     try:
         with opened_input(source) as file:
-            data = file.read(limit_bytes + 1)
+            whole, parts, length = length_of(file), list[bytes](), 0
+            while length <= limit_bytes and (part := file.read(min(_PIECE_BYTES, limit_bytes + 1 - length))):
+                parts.append(part)
+                length += len(part)
+                if progress is not None:
+                    progress("reading", min(length, whole) if whole else length, whole)
     except OSError as error:
         raise BackendError(f"cannot read the input: {error.strerror}", code="volume-input", path=source) from error
-    if len(data) > limit_bytes:
+    if length > limit_bytes:
         raise StateError(
             "the input is larger than the volume", code="cocoonfs-full", hint="nothing was changed", limit=limit_bytes
         )
-    return data
+    return b"".join(parts)
 
 
 @contextlib.contextmanager

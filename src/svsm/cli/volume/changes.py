@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
 from svsm.cli.volume import access, words
+from svsm.cli.volume.meter import Meter, meter
 from svsm.formats.errors import BackendError, FormatError, StateError, SvsmError
 
 if TYPE_CHECKING:
@@ -77,8 +78,9 @@ def _put(transaction: Transaction, inode: int, data: bytes, flags: int, *, force
 
 
 def _write(arguments: argparse.Namespace) -> int:
-    with access.changing(arguments) as volume:
-        data = access.contents(arguments.source, limit_bytes=volume.size_bytes)
+    with meter() as progress, access.changing(arguments, progress) as volume:
+        data = access.contents(arguments.source, limit_bytes=volume.size_bytes, progress=progress)
+        progress.moving("writing", len(data))
         with volume.transaction() as transaction:
             _put(transaction, arguments.inode, data, arguments.flags, force=arguments.force)
         _report(arguments, volume, written=1, removed=0, commits=1)
@@ -199,10 +201,17 @@ def _operation(line: bytes, limit_bytes: int) -> _Operation | None:
 
 
 class _Batch:
-    """A transaction that is committed now and then, and what was done so far."""
+    """A transaction that is committed now and then, and what was done so far.
 
-    def __init__(self, volume: Volume, *, every: int | None, force: bool) -> None:
-        self._volume, self._every, self._force = volume, every, force
+    Args:
+        volume: Opened for changes.
+        every: Commit after so many changes; None for never.
+        force: Whether files are replaced.
+        progress: Is told how much of a commit was written.
+    """
+
+    def __init__(self, volume: Volume, *, every: int | None, force: bool, progress: Meter) -> None:
+        self._volume, self._every, self._force, self._progress = volume, every, force, progress
         self._transaction = volume.transaction()
         self._waiting = self._held = 0
         self._uncommitted = {"write": 0, "rm": 0}
@@ -231,6 +240,7 @@ class _Batch:
     def commit(self) -> None:
         """Commit what waits."""
         if self._waiting:
+            self._progress.moving("writing", self._held)
             self._transaction.commit()
             self.commits += 1
             self.done = {op: count + self._uncommitted[op] for op, count in self.done.items()}
@@ -240,14 +250,17 @@ class _Batch:
 
 
 def _batch(arguments: argparse.Namespace) -> int:
-    with access.changing(arguments) as volume:
-        batch = _Batch(volume, every=arguments.commit_every, force=arguments.force)
+    with meter() as progress, access.changing(arguments, progress) as volume:
+        batch = _Batch(volume, every=arguments.commit_every, force=arguments.force, progress=progress)
         try:
             limit = 2 * volume.size_bytes + _LINE_OVERHEAD
             with access.opened_input(arguments.source) as file:
+                whole, read = access.length_of(file), 0
                 for batch.line, line in _lines(file, limit):
                     if (operation := _operation(line, limit)) is not None:
                         batch.run(operation)
+                    read += len(line)
+                    progress("lines", min(read, whole) if whole else batch.line, whole)
             batch.commit()
         except SvsmError as error:
             error.details |= {"line": batch.line, "commits": batch.commits}

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from svsm.cli.volume import access, words
+from svsm.cli.volume.meter import meter
 
 if TYPE_CHECKING:
     from svsm.storage.cocoonfs import Volume
@@ -37,9 +38,9 @@ def add_verbs(verbs: words.Verbs[argparse.ArgumentParser]) -> None:
 def _map(arguments: argparse.Namespace) -> int:
     from svsm.storage.cocoonfs.survey import survey
 
-    with access.looking(arguments) as opened:
+    with meter() as progress, access.looking(arguments) as opened:
         volume = opened.volume
-        areas = survey(volume.image)
+        areas = survey(volume.image, progress)
     if arguments.output is not None:
         drawing = _svg(volume, areas, os.path.basename(arguments.image))
         with access.output(arguments.output, force=arguments.force, image=arguments.image) as file:

@@ -11,9 +11,11 @@ import argparse
 from typing import TYPE_CHECKING
 
 from svsm.cli.volume import access, words
+from svsm.cli.volume.meter import meter
 
 if TYPE_CHECKING:
     from svsm.abi.block import BlockDevice
+    from svsm.storage.cocoonfs import Volume
     from svsm.storage.cocoonfs.layout import ImageLayout, StaticHeader
 
 __all__ = ["add_verbs"]
@@ -130,18 +132,27 @@ def _with_key(arguments: argparse.Namespace) -> dict[str, object]:
 def _ls(arguments: argparse.Namespace) -> int:
     from svsm.storage.cocoonfs.survey import file_lengths
 
-    with access.looking(arguments) as opened:
-        files = [
-            {"inode": entry.inode, "flags": entry.flags, "bytes": length}
-            for entry, length in file_lengths(opened.volume.image)
-        ]
+    files = []
+    with meter() as progress, access.looking(arguments) as opened:
+        count = len(opened.volume.list())
+        for entry, length in file_lengths(opened.volume.image):
+            files.append({"inode": entry.inode, "flags": entry.flags, "bytes": length})
+            progress("files", len(files), count)
     text = [f"{file['inode']:#x}  flags {file['flags']:#04x}  {file['bytes']} bytes" for file in files]
     access.emit({"files": files}, text, as_json=arguments.json)
     return 0
 
 
+def _stored_bytes(volume: Volume, inode: int) -> int:
+    """How much of the disk a file's contents take; 0 where there is no such file."""
+    entry = volume.image.find(inode) if volume.exists(inode) else None
+    extents = [] if entry is None else volume.image.extents_of(entry)[0]
+    return sum(length for _, length in extents) * volume.layout.ab_bytes
+
+
 def _read(arguments: argparse.Namespace) -> int:
-    with access.looking(arguments) as opened:
+    with meter() as progress, access.looking(arguments, progress) as opened:
+        progress.moving("reading", _stored_bytes(opened.volume, arguments.inode))
         data = opened.volume.read(arguments.inode)
     access.give(arguments, data, {"inode": arguments.inode, "bytes": len(data)})
     return 0

@@ -64,6 +64,7 @@ def _create(arguments: argparse.Namespace) -> int:
     layout = access.layout(arguments) or DEFAULT_LAYOUT
     salt = _salt(arguments)
     with _place(arguments) as device, meter() as progress:
+        progress.moving("writing", device.size_bytes)  # making a volume writes all of it once
         volume = Volume.create(
             Watched(device, progress),
             key,

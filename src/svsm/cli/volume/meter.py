@@ -31,18 +31,31 @@ class Meter:
         self._out = out
         self._next = time.monotonic() + _PATIENCE_S
         self._shown = 0
+        self._stage, self._moved, self._whole = "", 0, 0
 
     def __call__(self, stage: str, done: int, whole: int) -> None:
-        """Show how far a stage is."""
+        """Show how far a stage is; where `whole` is 0, because nobody knows it, how much is done."""
         now = time.monotonic()
         if self._out is None or now < self._next:
             return
         self._next = now + _INTERVAL_S
-        filled = _BAR * done // max(whole, 1)
-        line = f"{stage:<12} [{'#' * filled}{'.' * (_BAR - filled)}] {100 * done // max(whole, 1):3} %"
+        line = f"{stage:<12} {done:,}"
+        if whole:
+            filled = _BAR * done // whole
+            line = f"{stage:<12} [{'#' * filled}{'.' * (_BAR - filled)}] {100 * done // whole:3} %"
         self._out.write("\r" + line.ljust(self._shown))
         self._out.flush()
         self._shown = len(line)
+
+    def moving(self, stage: str, whole_bytes: int) -> None:
+        """From here on, what a `Watched` device reads and writes is for this stage."""
+        self._stage, self._moved, self._whole = stage, 0, whole_bytes
+
+    def moved(self, length: int) -> None:
+        """A `Watched` device has read or written so many bytes. What comes beyond the whole is bookkeeping."""
+        if self._whole:
+            self._moved = min(self._moved + length, self._whole)
+            self(self._stage, self._moved, self._whole)
 
     def end(self) -> None:
         """Take the line away."""
@@ -63,15 +76,15 @@ def meter() -> Iterator[Meter]:
 
 
 class Watched:
-    """A `BlockDevice` that tells a meter how much was written to another one: making a volume writes all of it once.
+    """A `BlockDevice` that tells a meter how much another one reads and writes.
 
     Args:
         device: The other one.
-        progress: Is told.
+        progress: Is told, and knows of what it is a part; see `Meter.moving`.
     """
 
     def __init__(self, device: BlockDevice, progress: Meter) -> None:
-        self._device, self._progress, self._written = device, progress, 0
+        self._device, self._progress = device, progress
 
     @property
     def size_bytes(self) -> int:
@@ -89,14 +102,15 @@ class Watched:
         return self._device.read_only
 
     def read(self, ranges: Sequence[Range]) -> list[bytes]:
-        """As the other one does."""
-        return self._device.read(ranges)
+        """As the other one does, and counted."""
+        contents = self._device.read(ranges)
+        self._progress.moved(sum(map(len, contents)))
+        return contents
 
     def write(self, extents: Sequence[Extent]) -> None:
         """As the other one does, and counted."""
         self._device.write(extents)
-        self._written += sum(len(data) for _, data in extents)
-        self._progress("writing", min(self._written, self.size_bytes), self.size_bytes)
+        self._progress.moved(sum(len(data) for _, data in extents))
 
     def write_zeroes(self, ranges: Sequence[Range]) -> None:
         """As the other one does."""

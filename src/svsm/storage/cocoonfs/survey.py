@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from svsm.formats.errors import FormatError
 from svsm.storage.cocoonfs.blockmap import BlockMap
@@ -19,6 +20,9 @@ from svsm.storage.cocoonfs.entities import strip_padding
 from svsm.storage.cocoonfs.image import Image, preauth_chain
 from svsm.storage.cocoonfs.index import Entry, Internal, iterate, pointer_extent
 from svsm.storage.cocoonfs.layout import AUTH_TREE_INODE, BITMAP_INODE, FIRST_USER_INODE
+
+if TYPE_CHECKING:
+    from svsm.storage.cocoonfs.check import Progress
 
 __all__ = ["Area", "Purpose", "file_bytes", "file_lengths", "survey"]
 
@@ -82,7 +86,7 @@ def _special_list(image: Image, entry: Entry) -> list[Extent]:
     return chain.decode(decrypt, extent, volume.io.read, limit_ab=image.image_ab)[1]
 
 
-def _claims(image: Image) -> Iterator[Area]:
+def _claims(image: Image, progress: Progress | None) -> Iterator[Area]:
     def areas(extents: Sequence[Extent], purpose: Purpose, inode: int | None = None) -> Iterator[Area]:
         return (Area(begin, length, purpose, inode) for begin, length in extents)
 
@@ -94,13 +98,16 @@ def _claims(image: Image) -> Iterator[Area]:
     yield from areas(image.aux.extents, Purpose.AUX)
     yield from areas(image.bitmap_extents, Purpose.BITMAP)
     yield from areas(list(_nodes(image, *image.root)), Purpose.INDEX)
-    for entry in _entries(image):
+    entries = list(_entries(image))
+    for number, entry in enumerate(entries, 1):
         if entry.inode in (AUTH_TREE_INODE, BITMAP_INODE):
             yield from areas(_special_list(image, entry), Purpose.LIST)
         elif entry.inode >= FIRST_USER_INODE:
             extents, lists = image.extents_of(entry)
             yield from areas(extents, Purpose.FILE, entry.inode)
             yield from areas(lists, Purpose.LIST, entry.inode)
+        if progress is not None:
+            progress("files", number, len(entries))
 
 
 def _gaps(used: BlockMap, claimed: Sequence[Area], end: int) -> Iterator[Area]:
@@ -124,15 +131,21 @@ def _gaps(used: BlockMap, claimed: Sequence[Area], end: int) -> Iterator[Area]:
         at = begin + length
 
 
-def survey(image: Image) -> list[Area]:
+def survey(image: Image, progress: Progress | None = None) -> list[Area]:
     """All areas of a volume, in order, end to end.
+
+    Args:
+        image: The opened image.
+        progress: Told how far it is.
 
     Raises:
         FormatError: ``cocoonfs-format``: blocks belong to two structures, or one to a structure is marked as free.
         IntegrityError: ``cocoonfs-authentication``.
         BackendError: ``block-io``.
     """
-    claimed = sorted((area for area in _claims(image) if area.length), key=lambda area: (area.begin, area.length))
+    claimed = sorted(
+        (area for area in _claims(image, progress) if area.length), key=lambda area: (area.begin, area.length)
+    )
     end = 0
     for area in claimed:
         if area.begin < end or not image.used.all_used((area.begin, area.length)):

@@ -183,5 +183,6 @@ def test_a_short_command_imports_little(bench: Bench) -> None:
     assert {name for name in ours if name.startswith("svsm.cli.volume.")} == {
         "svsm.cli.volume.access",
         "svsm.cli.volume.looks",
+        "svsm.cli.volume.meter",
         "svsm.cli.volume.words",
     }

@@ -7,10 +7,8 @@ import os
 
 import pytest
 
-from svsm.cli.volume.meter import Meter, Watched
 from svsm.storage.cocoonfs import Volume
 from svsm.storage.drivers.file import FileDevice
-from svsm.storage.drivers.memory import MemoryDevice
 from tests.unit.cli.volume.conftest import KEY, STATE, Bench
 
 
@@ -72,39 +70,3 @@ def test_repair_carries_out_a_pending_commit(bench: Bench, as_json: bool) -> Non
         assert "mended: The pending commit" in bench.run("repair @image --key-file @key").decode()
     assert bench.files() == {STATE: (3, 5), 99: (0, 7)}
     assert bench.json("check @image --key-file @key")["pending"] is False
-
-
-class _Terminal:
-    def __init__(self) -> None:
-        self.text = ""
-
-    def write(self, text: str) -> int:
-        self.text += text
-        return len(text)
-
-    def flush(self) -> None:
-        """Nothing."""
-
-
-def test_progress_is_one_line_that_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
-    terminal = _Terminal()
-    meter = Meter(terminal)  # type: ignore[arg-type]
-    meter("files", 1, 4)
-    assert terminal.text == ""  # short work stays silent
-    now[0] = 1.0
-    meter("files", 2, 4)
-    meter("files", 3, 4)
-    assert terminal.text.count("\r") == 1
-    assert " 50 %" in terminal.text
-    meter.end()
-    assert terminal.text.endswith("\r")
-    disk = Watched(MemoryDevice(4096), Meter(terminal))  # type: ignore[arg-type]
-    terminal.text, now[0] = "", 2.0
-    disk.write([(0, bytes(1024))])
-    assert (" 25 %" in terminal.text, disk.read([(0, 512)])) == (True, [bytes(512)])
-    silent = Meter(None)
-    now[0] = 9.0
-    silent("files", 0, 0)
-    silent.end()
