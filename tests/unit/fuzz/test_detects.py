@@ -17,7 +17,7 @@ from svsm.fuzz.builtin import fuzz
 from svsm.fuzz.targets import find
 from svsm.kernel import attestation, guest_requests, machine_port, processes
 from svsm.kernel.protocols import core, guest_memory
-from svsm.storage.cocoonfs import image, replay, tree, volume
+from svsm.storage.cocoonfs import expected, image, provisioning, replay, tree, volume
 from svsm.storage.drivers import remote
 
 _kept: list[socket.socket] = []
@@ -116,6 +116,14 @@ def _a_plan_that_writes_first(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(volume, "plan_replay", plan)
 
 
+def _anything_is_expected(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(expected.Expected, "check_creation", lambda *_arguments: None)
+
+
+def _announcements_stay_as_they_are(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(provisioning._Copies, "put", lambda *_arguments, backup: None)
+
+
 def _any_sequence(patch: pytest.MonkeyPatch) -> None:
     def describe(self: remote.RemoteDevice) -> tuple[int, int]:
         deadline = self._deadline()
@@ -138,6 +146,8 @@ _CASES = [
     pytest.param("hijacked-service", _clients_stay, 10000, marks=pytest.mark.long),
     ("cocoonfs-open", _no_tree, 5000),
     pytest.param("cocoonfs-open", _no_authentication, 5000, marks=pytest.mark.long),
+    ("cocoonfs-announced", _anything_is_expected, 2000),
+    ("cocoonfs-bytes", _announcements_stay_as_they_are, 2000),
     ("cocoonfs-journal", _a_plan_that_writes_first, 5000),
     ("block-remote", _any_sequence, 5000),
 ]

@@ -3,8 +3,9 @@
 
 The invariant is the one that the whole file system is for: whoever does not hold the key can make a volume refuse to
 open, and nothing else. A file's contents, where they come back at all, are those that were written; with a journal
-pending, all of them from before the commit or all from after it. Fields that only the key holder can make are read by
-a target of their own.
+pending, all of them from before the commit or all from after it. A disk on which nobody with the key wrote opens as an
+empty volume, if at all, and only where one that is announced may be made. Fields that only the key holder can make are
+read by a target of their own.
 """
 
 from __future__ import annotations
@@ -12,22 +13,28 @@ from __future__ import annotations
 import functools
 import itertools
 import socket
+import uuid
 from collections.abc import Callable, Sequence
 
 from svsm.abi.block import Extent
 from svsm.formats.errors import SvsmError
 from svsm.fuzz.choices import Choices
-from svsm.fuzz.target import Target, expect, judge
+from svsm.fuzz.target import Target, Verdict, expect, judge
 from svsm.storage.cocoonfs import encoding
+from svsm.storage.cocoonfs.aux import AuxMetadata
 from svsm.storage.cocoonfs.auxarea import aux_extents
 from svsm.storage.cocoonfs.check import check
+from svsm.storage.cocoonfs.creation import CreationHeader, backup_offset, pack_blob
 from svsm.storage.cocoonfs.decision import Decision, FoundJournal
 from svsm.storage.cocoonfs.entities import block_payload_bytes
-from svsm.storage.cocoonfs.headers import probe
+from svsm.storage.cocoonfs.expected import ANYTHING, Expected
+from svsm.storage.cocoonfs.headers import find_header, probe, read_creation_info
 from svsm.storage.cocoonfs.index import NodeFormat
 from svsm.storage.cocoonfs.journal import Disguise, JournalLog
 from svsm.storage.cocoonfs.keys import Keys
 from svsm.storage.cocoonfs.layout import DEFAULT_LAYOUT, ImageLayout, MutableHeader, StaticHeader
+from svsm.storage.cocoonfs.offline import read_aux, write_aux
+from svsm.storage.cocoonfs.provisioning import provision
 from svsm.storage.cocoonfs.volume import Volume
 from svsm.storage.drivers.memory import MemoryDevice
 from svsm.storage.drivers.remote import (
@@ -133,12 +140,9 @@ def _open(data: bytes) -> None:
     if choices.flag():
         image = _another_layout(choices, image)
     device = MemoryDevice(_damaged(choices, image))
-    judge(lambda: probe(device))
-    before = bytes(device.data)
-    report = check(device, _KEY)
-    expect(bytes(device.data) == before, "a check writes nothing")
+    opens = _looked_at(device)
     volume = Volume.open(device, _KEY, random=_random(2000))
-    expect(report.opened, "what opens, opens for a check")
+    expect(opens, "what opens, opens for a check")
     expect(_contents(volume) == _OLD, "a volume that opens holds what was written")
     if choices.flag():
         transaction = volume.transaction()
@@ -149,20 +153,118 @@ def _open(data: bytes) -> None:
         expect(_contents(Volume.open(device, _KEY)) == after, "a commit is there after opening again")
 
 
-def _another_layout(choices: Choices, image: bytes) -> bytes:
-    """The static header is in clear, and its checksum needs no key: whoever has the disk can write another one."""
+def _looked_at(device: MemoryDevice) -> bool:
+    """Everything that only looks at a disk, without the key and with it; whether a check could open a volume."""
+    before = bytes(device.data)
+    for look in (probe, find_header, read_creation_info, read_aux):
+        judge(look, device)
+    report = check(device, _KEY)
+    expect(bytes(device.data) == before, "who only looks writes nothing")
+    return report.opened
+
+
+def _some_layout(choices: Choices) -> tuple[ImageLayout, bytes]:
+    """A configuration, which may be none that there can be, and a salt."""
     packed = bytearray(DEFAULT_LAYOUT.pack())
     for _ in range(1 + choices.below(3)):
         packed[choices.below(len(packed))] = choices.unsigned(1)
-    header = StaticHeader(ImageLayout.parse(bytes(packed)), choices.blob(32))
+    return ImageLayout.parse(bytes(packed)), choices.blob(32)
+
+
+def _can_be_written(layout: ImageLayout) -> bool:
     try:
-        header.layout.validate()
+        layout.validate()
     except SvsmError:
-        return image  # it cannot even be written
-    if header.layout.io_bytes > 1 << 16:
+        return False
+    return layout.io_bytes <= 1 << 16
+
+
+def _another_layout(choices: Choices, image: bytes) -> bytes:
+    """The static header is in clear, and its checksum needs no key: whoever has the disk can write another one."""
+    header = StaticHeader(*_some_layout(choices))
+    if not _can_be_written(header.layout):
         return image
     written = header.pack()
     return written + image[len(written) :]
+
+
+# -- disks on which nobody with the key wrote, or on which a volume is being made --------------------------------------
+
+_AUX = AuxMetadata(reserve_bytes=256).add(uuid.UUID(int=5 << 64), b"where the broker is")
+_OTHER_KIND = uuid.UUID(int=7 << 64)
+_ANNOUNCED_BYTES = 64 << 10
+_AS_ANNOUNCED = Expected(DEFAULT_LAYOUT, _SALT, 0, _ANNOUNCED_BYTES)
+
+
+@functools.cache
+def _announced_images() -> tuple[bytes, ...]:
+    """A disk with an announcement and each state of it until the empty volume is made; last, another announcement."""
+    device, other = MemoryDevice(_ANNOUNCED_BYTES), MemoryDevice(_ANNOUNCED_BYTES)
+    provision(device, salt=_SALT, aux=_AUX)
+    provision(other, salt=b"another")
+    tape = _Tape(bytes(device.data))
+    Volume.open(tape, _KEY, random=_random(4000), first_use=True)
+    return tuple(dict.fromkeys((bytes(device.data), *tape.states, bytes(other.data))))
+
+
+def _bytes(data: bytes) -> None:
+    """A disk of bytes from anywhere. Some get a header whose checksums are right, which no engine would find."""
+    choices = Choices(data)
+    kind, size = choices.below(4), 512 * (1 + choices.below(64))
+    aux = _AUX if choices.flag() else None
+    layout, salt = DEFAULT_LAYOUT, _SALT
+    if kind and choices.flag():
+        layout, salt = _some_layout(choices)
+        if not _can_be_written(layout):
+            layout = DEFAULT_LAYOUT
+    if kind < 2:
+        content = (StaticHeader(layout, salt).pack() if kind else b"") + choices.rest()
+    else:
+        content = _announcement(choices, layout, salt, size, backup=kind == 3)
+    _used_first(MemoryDevice(content[:size].ljust(size, b"\0")), ANYTHING, aux)
+
+
+def _announcement(choices: Choices, layout: ImageLayout, salt: bytes, size: int, *, backup: bool) -> bytes:
+    """Any bytes with one copy of an announcement, perhaps of another size, and with any auxiliary metadata."""
+    encoded = _AUX.pack() if choices.flag() else choices.blob(64)
+    image_ab = choices.number() if choices.flag() else size // layout.ab_bytes
+    header = CreationHeader(layout, salt, image_ab, len(encoded))
+    packed, blob = header.pack(), pack_blob(header, encoded)
+    if not backup:
+        return packed + blob + choices.rest()
+    begin = max(0, (backup_offset(size) or 0) - len(blob))
+    return choices.rest()[:begin].ljust(begin, b"\0") + blob + packed
+
+
+def _announced(data: bytes) -> None:
+    """An announcement, or any state while the volume is made, with edits; then its first use."""
+    choices = Choices(data)
+    states = _announced_images()
+    device = MemoryDevice(_damaged(choices, states[choices.below(len(states))]))
+    expected = _AS_ANNOUNCED if choices.flag() else ANYTHING
+    aux = _AUX.add(_OTHER_KIND, choices.blob(255)) if choices.flag() else None
+    _used_first(device, expected, aux)
+
+
+def _used_first(device: MemoryDevice, expected: Expected, aux: AuxMetadata | None) -> None:
+    """What may happen to a disk that nobody with the key wrote a file to: an empty volume, or an error."""
+    _looked_at(device)
+    if aux is not None and judge(write_aux, device, aux).verdict is Verdict.ACCEPTED:
+        expect(read_aux(device).entries == aux.entries, "auxiliary metadata that was written can be read")
+        _looked_at(device)
+    before = bytes(device.data)
+    try:
+        volume = Volume.open(device, _KEY, random=_random(5000), first_use=True, expected=expected)
+    except SvsmError as error:
+        expect(error.code != "cocoonfs-unexpected" or bytes(device.data) == before, "what is unexpected is not made")
+        raise
+    expect(_contents(volume) == {}, "nobody wrote a file")
+    same = judge(expected.check_creation, volume.layout, volume.salt, volume.size_bytes, volume.aux)
+    expect(same.verdict is Verdict.ACCEPTED, "the volume is what was expected")
+    transaction = volume.transaction()
+    transaction.write(16, b"first")
+    transaction.commit()
+    expect(_contents(Volume.open(device, _KEY)) == {16: b"first"}, "a commit is there after opening again")
 
 
 def _journal(data: bytes) -> None:
@@ -271,6 +373,16 @@ def _structure_seeds() -> list[bytes]:
     ]
 
 
+def _byte_seeds() -> list[bytes]:
+    """What tells the kinds of disks apart, and the beginnings of real ones."""
+    images = [_images()[0], *_announced_images()[::4]]
+    return [
+        *(bytes([kind, 63, flag, 0, flag]) for kind in range(4) for flag in range(2)),
+        *(bytes([0, 63, 1]) + image[:3072] for image in images),
+        bytes([1, 63, 1, 0]) + images[0][len(StaticHeader(DEFAULT_LAYOUT, _SALT).pack()) :][:3072],
+    ]
+
+
 def _remote(data: bytes) -> None:
     """Everything that the disk's process will ever say is in its socket before the driver asks."""
     choices = Choices(data)
@@ -317,6 +429,13 @@ def _one_call(device: RemoteDevice, call: int) -> None:
 
 ROWS = (
     Target("cocoonfs-open", "a volume whose bytes an attacker changed", _open, lambda: [bytes(2), b"\0\1" * 8]),
+    Target("cocoonfs-bytes", "a disk of arbitrary bytes, opened for its first use", _bytes, _byte_seeds),
+    Target(
+        "cocoonfs-announced",
+        "a volume that is announced or half made, changed by an attacker",
+        _announced,
+        lambda: [bytes([state, 0, 0, flag, flag]) for state in range(len(_announced_images())) for flag in range(2)],
+    ),
     Target(
         "cocoonfs-journal", "the same with a commit pending", _journal, lambda: [bytes([0, n, 1]) for n in range(9)]
     ),
