@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import hashlib
 import json
 import lzma
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from svsm.abi.block import Range
+from svsm.cli.volume.words import size
 from svsm.formats.errors import FormatError, IntegrityError
 from svsm.storage.cocoonfs import (
     AuxMetadata,
@@ -26,6 +29,7 @@ from svsm.storage.cocoonfs import (
     read_creation_info,
 )
 from svsm.storage.cocoonfs.offline import read_aux
+from svsm.storage.cocoonfs.presets import layout_of
 from svsm.storage.drivers.memory import MemoryDevice
 from tests.support import vectors
 
@@ -129,6 +133,65 @@ def test_image(file: str) -> None:
             assert caught.value.code == "cocoonfs-too-small"
             device = _NoDiscard(before.ljust(info.size_bytes, b"\0"), block_size_bytes=device.block_size_bytes)
         _first_use(device, key, info, entry)
+
+
+_BLOCK_SIZES = {
+    "--allocation-block-size": "allocation_block_bytes",
+    "--io-block-size": "io_block_bytes",
+    "--auth-tree-data-block-size": "data_block_bytes",
+    "--auth-tree-node-size": "tree_node_bytes",
+    "--allocation-bitmap-file-block-size": "bitmap_block_bytes",
+    "--inode-index-tree-leaf-node-size": "leaf_node_bytes",
+}
+_RESERVE = "--aux-fs-metadata-extra-reserve-capacity"
+
+
+def _refusals() -> list[dict[str, Any]]:
+    try:
+        found: list[dict[str, Any]] = _manifest()["refused"]
+    except pytest.skip.Exception:
+        return []
+    return found
+
+
+def _code_for(message: str) -> str:
+    """Our error for the reference program's: algorithms that do not go together, room, block sizes; none for a word."""
+    if "invalid value" in message:
+        return ""
+    if "doesn't support specified target security strength" in message:
+        return "cocoonfs-strength"
+    return "cocoonfs-too-small" if "NoSpace" in message else "cocoonfs-layout"
+
+
+@pytest.mark.parametrize("entry", _refusals(), ids=lambda entry: " ".join(entry["options"]))
+def test_refused(entry: dict[str, Any]) -> None:
+    """What its mkfs refuses is refused here too, each for its own reason; there is none that ours would accept."""
+    options = dict(zip(entry["options"][::2], entry["options"][1::2], strict=True))
+    algorithms = options.pop("-H"), options.pop("-C"), int(options.pop("-t"))
+    code = _code_for(entry["message"])
+    if not code:
+        with pytest.raises(argparse.ArgumentTypeError):
+            size(options["-s"])
+        return
+    device = MemoryDevice(size(options.pop("-s")), block_size_bytes=128)
+    reserve = None if options.pop(_RESERVE, "") == "disabled" else 1024
+    sizes = {_BLOCK_SIZES[name]: size(text) for name, text in options.items()}
+
+    def make() -> None:
+        layout = layout_of(*algorithms, **sizes)  # type: ignore[arg-type]
+        assert code == "cocoonfs-too-small"
+        Volume.create(device, b"key", salt=b"", layout=layout, aux=AuxMetadata(reserve_bytes=reserve))
+
+    with pytest.raises(FormatError) as caught:
+        make()
+    assert caught.value.code == code
+    assert not any(device.data)
+
+
+def test_refusals_of_every_kind_are_there() -> None:
+    vectors("cocoonfs")
+    kinds = Counter(_code_for(entry["message"]) for entry in _refusals())
+    assert kinds == {"cocoonfs-strength": 10, "cocoonfs-too-small": 2, "cocoonfs-layout": 5, "": 1}
 
 
 @pytest.mark.parametrize("file", _names("images"))
