@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from svsm.storage.drivers.memory import MemoryDevice
 from tests.support import peer
@@ -19,19 +24,49 @@ class Tool:
     Args:
         folder: Where image and contents of files go.
         key: Of the volume.
+        program: Another build of the program than the installed one.
     """
 
-    def __init__(self, folder: Path, key: bytes) -> None:
-        self._program = peer("cocoonfs")
+    def __init__(self, folder: Path, key: bytes, program: Path | None = None) -> None:
+        self._program = program or peer("cocoonfs")
+        self._strace: list[str] = []
+        self._was_cut = False
         self._key = key
         self._image, self._in, self._out = folder / "image", folder / "in", folder / "out"
 
     def run(self, *arguments: str, refused: bool = False) -> str:
         """Run it with small device blocks; it must do so, or refuse."""
         command = [str(self._program), "-i", str(self._image), "-f", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        assert (done.returncode != 0) == refused, done.stderr + done.stdout
+        done = subprocess.run([*self._strace, *command], capture_output=True, text=True, timeout=120, check=False)
+        self._was_cut = bool(self._strace) and done.returncode == -signal.SIGKILL
+        if not self._was_cut:
+            if self._strace and "ptrace" in done.stderr.lower():
+                pytest.skip("this machine does not let strace trace")
+            assert (done.returncode != 0) == refused, done.stderr + done.stdout
         return done.stdout
+
+    def _traced(self, change: Callable[[Tool], None], output: str, *more: str) -> None:
+        """Make a change of one command under strace, which looks at writes to the image."""
+        only = ["-P", str(self._image.resolve()), "-e", "trace=write", *more]
+        self._strace = [str(peer("strace")), "-f", "-qq", "-o", output, *only]
+        try:
+            change(self)
+        finally:
+            self._strace = []
+
+    def writes(self, change: Callable[[Tool], None]) -> list[str]:
+        """Make a change of one command: its writes to the image, as strace shows their first bytes."""
+        trace = self._out.with_name("trace")
+        self._traced(change, str(trace))
+        return [line.split(", ", 1)[1] for line in trace.read_text().splitlines() if " write(" in line]
+
+    def cut(self, at: int, change: Callable[[Tool], None]) -> bool:
+        """Make a change of one command, killed as it enters its write number `at`, from 1; False where it has fewer.
+
+        strace ends the same way as what it ran.
+        """
+        self._traced(change, os.devnull, "-e", f"inject=write:signal=KILL:when={at}")
+        return self._was_cut
 
     def give(self, device: MemoryDevice) -> None:
         """Let it work on a copy of this disk."""
