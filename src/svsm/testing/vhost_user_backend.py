@@ -246,7 +246,7 @@ class Conversation(threading.Thread):
         payload, more = self._take(message.size)
         request = Request(message.request)
         self.backend.requests.append(request)
-        answer = self._handle(request, payload, descriptors + more)
+        answer = self._answer_to(request, payload, descriptors + more)
         acknowledged = self._acknowledging and message.flags & HeaderFlag.NEED_REPLY
         self.backend.answered += 1
         data = b""
@@ -270,7 +270,7 @@ class Conversation(threading.Thread):
 
     # ---- messages ---------------------------------------------------------------------------------------------------
 
-    def _handle(self, request: Request, payload: bytes, descriptors: list[int]) -> bytes | None:
+    def _answer_to(self, request: Request, payload: bytes, descriptors: list[int]) -> bytes | None:
         """The answer's payload: of a GET, or of an acknowledgement."""
         if request is Request.GET_FEATURES:
             return U64Payload(self._features() | VhostFeature.PROTOCOL_FEATURES).pack()
