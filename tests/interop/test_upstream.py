@@ -21,7 +21,9 @@ import pytest
 
 from svsm.formats.errors import BackendError
 from svsm.formats.virtio import BlkFeature
+from svsm.storage.cocoonfs.offline import read_aux, write_aux
 from svsm.storage.drivers.dma import DmaMemory
+from svsm.storage.drivers.memory import MemoryDevice
 from svsm.storage.drivers.virtio.blk import BlkPolicy
 from svsm.storage.drivers.virtio.split import SplitQueue
 from svsm.storage.drivers.virtio.vhost_user import VhostUserBlk, VhostUserTransport, open_vhost_user
@@ -201,3 +203,21 @@ def test_a_journal_that_is_refused_has_been_half_applied(tmp_path: Path) -> None
     done = _tool(image, "list-files", "-K", scenario["key"])
     assert "AuthenticationFailure" in done.stdout + done.stderr
     assert image.read_bytes() != before
+
+
+def test_a_list_that_0_1_2_left_unsorted_is_not_read(tmp_path: Path) -> None:
+    """0.1.2 put the record 2 between 5 and 9; 0.1.3, which sorts, refuses the list until ours has written it anew."""
+    image, folder = tmp_path / "image", _TESTS / "vectors" / "data" / "cocoonfs-0.1.2"
+    device = MemoryDevice(lzma.decompress((folder / "aux-unsorted.img.xz").read_bytes()), block_size_bytes=128)
+    image.write_bytes(device.data)
+    done = _tool(image, "aux-fs-metadata", "list-entries")
+    assert "FsFormatError(15)" in done.stdout + done.stderr
+    write_aux(device, read_aux(device))
+    image.write_bytes(device.data)
+    (tmp_path / "record").write_bytes(b"1")
+    kinds = [f"{number:08x}-0000-0000-0000-000000000009" for number in (1, 2, 5, 7, 9)]
+    for kind in (kinds[3], kinds[0]):
+        edit = ("aux-fs-metadata", "edit", "add-entry", "-i", str(tmp_path / "record"), kind)
+        assert _tool(image, *edit).returncode == 0
+    assert _tool(image, "aux-fs-metadata", "list-entries").stdout.split() == kinds
+    assert len(read_aux(MemoryDevice(image.read_bytes(), block_size_bytes=128)).entries) == 5
