@@ -103,7 +103,11 @@ class TpmClient:
     def __init__(self, where: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(30)
-        self._socket.connect(str(where))
+        try:
+            self._socket.connect(str(where))
+        except OSError:
+            self._socket.close()
+            raise
 
     def __enter__(self) -> TpmClient:
         return self
