@@ -126,6 +126,7 @@ class Kernel:
         self._start_tpms(release.configuration, self._files(self._volume))
         if birth.must_report:
             self._report_birth(line, release, birth, self._volume)
+        line.close()
         for tpm in self._tpms:
             tpm.release()
         self._start_guest(release.configuration)
