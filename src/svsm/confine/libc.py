@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""The handful of C calls that Python has no name for: prctl, and raw system calls.
+"""The handful of C calls that Python has no name for: prctl, raw system calls, memory mapped at an address.
 
-Everything goes through `syscall(2)`, so that no symbol must exist in the libc at hand. Errors come back as negative
+All but the last go through `syscall(2)`, so that no symbol must exist in the libc at hand. Errors come back as negative
 errno values, as the kernel returns them: the callers decide what a refusal means.
 """
 
@@ -12,7 +12,7 @@ import ctypes
 import functools
 from collections.abc import Callable, Iterator
 
-__all__ = ["buffer", "prctl", "syscall"]
+__all__ = ["buffer", "mapping_calls", "prctl", "syscall"]
 
 _PRCTL = 157
 
@@ -48,3 +48,16 @@ def buffer(data: bytes) -> Iterator[int]:
     """The address of a writable copy of `data`, valid inside the with block."""
     holder = ctypes.create_string_buffer(data, len(data))
     yield ctypes.addressof(holder)
+
+
+def mapping_calls() -> ctypes.CDLL:
+    """The C library, whose `mmap`, `munmap` and `madvise` take and give addresses; errors are in `ctypes.get_errno`."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    address, length, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    libc.mmap.restype = address
+    libc.mmap.argtypes = [address, length, number, number, number, ctypes.c_int64]
+    libc.munmap.restype = number
+    libc.munmap.argtypes = [address, length]
+    libc.madvise.restype = number
+    libc.madvise.argtypes = [address, length, number]
+    return libc

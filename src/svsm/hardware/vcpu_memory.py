@@ -26,6 +26,7 @@ import os
 import struct
 from typing import Final, Protocol
 
+from svsm.confine.libc import mapping_calls
 from svsm.formats.errors import BackendError
 from svsm.formats.snp.vcpu_messages import Access, Memory
 
@@ -88,7 +89,7 @@ class GuestMemory:
     def __init__(self, engine: MemoryEngine, descriptors: dict[Memory, int], *, cr3: int) -> None:
         self._engine = engine
         self._descriptors = descriptors
-        self._libc = _libc()
+        self._libc = mapping_calls()
         self._cr3 = cr3
         self._identity = self._make_identity()
         engine.mem_map_ptr(_IDENTITY_GPA, _IDENTITY_BYTES, _READ, self._identity)
@@ -278,19 +279,3 @@ def _perms(memory: Memory, access: Access) -> int:
 def _failed(call: str, gpa: int) -> BackendError:
     error = ctypes.get_errno()
     return BackendError(f"{call} of guest memory failed: {os.strerror(error)}", code="vcpu-map", got=error, gpa=gpa)
-
-
-def _libc() -> ctypes.CDLL:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_size_t,
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_int64,
-    ]
-    libc.munmap.restype = ctypes.c_int
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    return libc

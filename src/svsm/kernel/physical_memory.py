@@ -21,6 +21,7 @@ from typing import Final
 
 from svsm.abi.errors import BackendError, ProtocolError
 from svsm.abi.platform import PAGE_SIZE
+from svsm.confine.libc import mapping_calls
 from svsm.formats.record import Buffer
 
 __all__ = ["MemoryKind", "PhysicalWindow"]
@@ -53,7 +54,7 @@ class PhysicalWindow:
 
     def __init__(self, descriptors: Mapping[str, int], *, size_bytes: int) -> None:
         self._descriptors = {kind: descriptors[kind.value] for kind in MemoryKind}
-        self._libc = _libc()
+        self._libc = mapping_calls()
         self._pages: dict[int, MemoryKind] = {}
         self.size_bytes = size_bytes
         base = self._libc.mmap(None, size_bytes, _NO_ACCESS, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE, -1, 0)
@@ -156,21 +157,3 @@ class PhysicalWindow:
 def _failed(what: str, gpa: int) -> BackendError:
     error = ctypes.get_errno()
     return BackendError(f"cannot {what} guest memory: {os.strerror(error)}", code="platform-memory", gpa=gpa, got=error)
-
-
-def _libc() -> ctypes.CDLL:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_size_t,
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_int64,
-    ]
-    for name in ("munmap", "madvise"):
-        call = getattr(libc, name)
-        call.restype = ctypes.c_int
-        call.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *([ctypes.c_int] if name == "madvise" else [])]
-    return libc

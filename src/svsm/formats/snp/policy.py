@@ -16,8 +16,32 @@ __all__ = ["GuestPolicy", "PlatformInfo"]
 _U64 = (1 << 64) - 1
 
 
+class _Bits:
+    """A u64 whose bits have names."""
+
+    __slots__ = ()
+
+    value: int
+    RESERVED: ClassVar[int]
+    FLAGS: ClassVar[dict[str, int]]
+    """Flag names as the command line and `--json` write them."""
+
+    @property
+    def reserved(self) -> int:
+        """Bits that must be zero and are not, in place."""
+        return self.value & self.RESERVED
+
+    def has(self, mask: int) -> bool:
+        """Whether every bit of `mask` is set."""
+        return self.value & mask == mask
+
+    def names(self) -> list[str]:
+        """The flags that are set, in bit order."""
+        return [name for name, mask in self.FLAGS.items() if self.value & mask]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
-class GuestPolicy:
+class GuestPolicy(_Bits):
     """POLICY of a launch and of a report."""
 
     value: int
@@ -47,29 +71,15 @@ class GuestPolicy:
         "ciphertext-hiding": CIPHERTEXT_HIDING,
         "page-swap-disable": PAGE_SWAP_DISABLE,
     }
-    """Flag names as the command line and `--json` write them."""
 
     @property
     def abi(self) -> tuple[int, int]:
         """The least firmware ABI the owner asked for: (major, minor)."""
         return (self.value >> 8) & 0xFF, self.value & 0xFF
 
-    @property
-    def reserved(self) -> int:
-        """Bits that must be zero and are not, in place."""
-        return self.value & self.RESERVED
-
-    def has(self, mask: int) -> bool:
-        """Whether every bit of `mask` is set."""
-        return self.value & mask == mask
-
-    def names(self) -> list[str]:
-        """The flags that are set, in bit order."""
-        return [name for name, mask in self.FLAGS.items() if self.value & mask]
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class PlatformInfo:
+class PlatformInfo(_Bits):
     """PLATFORM_INFO of a report."""
 
     value: int
@@ -93,17 +103,3 @@ class PlatformInfo:
         "alias-check-complete": ALIAS_CHECK_COMPLETE,
         "sev-tio": SEV_TIO,
     }
-    """Flag names as the command line and `--json` write them."""
-
-    @property
-    def reserved(self) -> int:
-        """Bits that must be zero and are not, in place."""
-        return self.value & self.RESERVED
-
-    def has(self, mask: int) -> bool:
-        """Whether every bit of `mask` is set."""
-        return self.value & mask == mask
-
-    def names(self) -> list[str]:
-        """The flags that are set, in bit order."""
-        return [name for name, mask in self.FLAGS.items() if self.value & mask]
