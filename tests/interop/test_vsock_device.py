@@ -43,12 +43,13 @@ class Device:
     """The running back-end, and the socket that port 9999 of its host is."""
 
     def __init__(self, folder: Path) -> None:
+        program = peer("vhost-device-vsock")
         self.control = folder / "vu"
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.listener.bind(str(folder / f"vm_{_PORT}"))
         self.listener.listen()
         self.listener.settimeout(_SOON)
-        command = [str(peer("vhost-device-vsock")), f"--guest-cid={_CID}"]
+        command = [str(program), f"--guest-cid={_CID}"]
         command += [f"--socket={self.control}", f"--uds-path={folder / 'vm'}"]
         self.process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
