@@ -134,9 +134,12 @@ def main() -> int:
     print(f"\n{'suite':10} {'passed':>7} {'failed':>7} {'skipped':>8} {'promised':>9} {'used s':>8} {'budget s':>9}")
     bad = False
     for suite, outcome in outcomes:
-        # Away from CI, missing peers skip; the promise then only counts what could run.
+        # Away from CI, missing peers skip; the promise then only counts what could run. Without the foreign vectors
+        # nobody knows how many cases there are.
         if "promised" in outcome.complaint and not _in_ci():
-            outcome.complaint = "" if outcome.passed + outcome.skipped >= suite.cases else outcome.complaint
+            uncounted = any("empty parameter set" in reason for reason in outcome.reasons)
+            if uncounted or outcome.passed + outcome.skipped >= suite.cases:
+                outcome.complaint = ""
         elif "promised" in outcome.complaint and for_root:
             kept = outcome.passed + sum(reason in for_root for reason in outcome.reasons)
             outcome.complaint = "" if kept >= suite.cases else outcome.complaint

@@ -25,21 +25,34 @@ def test_that_counts_no_cases():
 """
 
 
+def _run(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The program on one suite, which promises five cases."""
+    (folder / "test_sample.py").write_text(text, encoding="utf-8")
+    (folder / "pytest.ini").write_text("[pytest]\njunit_family = xunit1\nmarkers = long\n", encoding="utf-8")
+    promises = {
+        "suite": {"sample": {"path": "test_sample.py", "quick": {"cases": 5, "budget_s": 300}}},
+        "skips": {"allowed_in_ci": [], "needs_root": []},
+    }
+    monkeypatch.setattr(run, "_ROOT", folder)
+    monkeypatch.setattr(run, "_promises", lambda: promises)
+    monkeypatch.setattr(sys, "argv", ["run", "sample"])
+    return run.main()
+
+
 def test_recorded_numbers_are_summed_and_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "test_sample.py").write_text(_SUITE, encoding="utf-8")
-    (tmp_path / "pytest.ini").write_text("[pytest]\njunit_family = xunit1\nmarkers = long\n", encoding="utf-8")
-    limits = {"cases": 5, "budget_s": 300}
-    promises = {
-        "suite": {"sample": {"path": "test_sample.py", "quick": limits}},
-        "skips": {"allowed_in_ci": [], "needs_root": []},
-    }
-    monkeypatch.setattr(run, "_ROOT", tmp_path)
-    monkeypatch.setattr(run, "_promises", lambda: promises)
-    monkeypatch.setattr(sys, "argv", ["run", "sample"])
-    assert run.main() == 0
+    assert _run(_SUITE, tmp_path, monkeypatch) == 0
     assert capsys.readouterr().out.splitlines()[-2:] == [
         "sample: 7,214 crash cases, 5 images",
         "5 passed, 0 failed, 0 skipped",
     ]
+
+
+@pytest.mark.parametrize(("in_ci", "code"), [(False, 0), (True, 1)])
+def test_a_promise_counts_on_vectors_only_where_they_must_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_ci: bool, code: int
+) -> None:
+    text = "import pytest\n\n@pytest.mark.parametrize('file', [])\ndef test_each(file):\n    pass\n"
+    monkeypatch.setattr(run, "_in_ci", lambda: in_ci)
+    assert _run(text, tmp_path, monkeypatch) == code
