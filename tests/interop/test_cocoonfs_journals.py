@@ -151,13 +151,13 @@ def _killed(tool: Tool, change: Callable[[Tool], None]) -> Met:
 
 
 @pytest.mark.parametrize("seed", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.long) for n in LONG])
-def test_killed_at_its_writes(tmp_path: Path, seed: int) -> None:
+def test_killed_at_its_writes(tmp_path: Path, seed: int, record_property: Callable[[str, object], None]) -> None:
     """Old, then pending; the first journals can be taken back, of later ones a part has been carried out."""
     case, tool = case_of(seed), Tool(tmp_path, KEY)
     _prepare(tool, case)
     name = list(CHANGES)[seed % len(CHANGES)]
     met = _killed(tool, CHANGES[name])
-    print(f"{seed}, {name}, {case.algorithms}, blocks of {case.layout.ab_bytes}: {met}")
+    record_property("interrupted runs of the reference program", met.images)
     assert met.old + met.pending + met.new == met.images
     assert met.old >= 5
     assert met.pending >= PENDING

@@ -176,6 +176,6 @@ def import_files(volume: Volume, source: BinaryIO, *, replace: bool = False, pro
             )
         transaction.write(inode, data, flags)
         count += 1
-        progress("files", count, count)
+        progress("files", count, 0)
     transaction.commit()
     return count

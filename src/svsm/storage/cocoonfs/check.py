@@ -34,7 +34,7 @@ from svsm.storage.cocoonfs.volume import Volume
 __all__ = ["CheckReport", "Finding", "Progress", "Severity", "check", "check_image", "no_progress"]
 
 Progress = Callable[[str, int, int], None]
-"""Told what is looked at, and how much of it is done: (stage, done, all)."""
+"""Told what is looked at, and how much of it is done: (stage, done, all, or 0 where nobody knows)."""
 
 _PIECE_BYTES = 1 << 20
 _LISTED = 50

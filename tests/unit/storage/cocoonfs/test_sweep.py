@@ -13,7 +13,7 @@ import random
 import re
 import uuid
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,8 +150,9 @@ def _bits(small: Small, bits: Iterable[int]) -> Counter[str]:
 
 
 @pytest.mark.parametrize("small", VOLUMES, ids=lambda small: small.name)
-def test_sample_of_bits(small: Small) -> None:
+def test_sample_of_bits(small: Small, record_property: Callable[[str, object], None]) -> None:
     counted = _bits(small, range(3, 8 * small.size, 419))
+    record_property("tampered volumes", counted.total())
     assert counted["refused"] > 30
     assert counted["unallocated block"] > 10
 
@@ -159,9 +160,9 @@ def test_sample_of_bits(small: Small) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("small", VOLUMES, ids=lambda small: small.name)
-def test_every_bit(small: Small) -> None:
+def test_every_bit(small: Small, record_property: Callable[[str, object], None]) -> None:
     counted = _bits(small, range(8 * small.size))
-    print(f"{small.name}: {dict(sorted(counted.items()))}")
+    record_property("tampered volumes", counted.total())
     assert counted.total() == 8 * small.size
     # And the other way round: every bit outside of the regions was refused, every bit inside came to one of these.
     kinds = unauthenticated(_volume(small)[-1], KEY)
@@ -207,22 +208,22 @@ def _swap(small: Small, size: int, step: int) -> Counter[str]:
 
 
 @pytest.mark.parametrize("small", VOLUMES, ids=lambda small: small.name)
-def test_blocks_swapped(small: Small) -> None:
+def test_blocks_swapped(small: Small, record_property: Callable[[str, object], None]) -> None:
     """Every two blocks of 512 bytes."""
     counted = _swap(small, 512, 1)
+    record_property("tampered volumes", counted.total())
     count = small.size // 512
-    print(f"{small.name}: {dict(counted)}")
     assert counted.total() == count * (count - 1) // 2
     assert counted["refused"] > counted["the same bytes"]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("small", VOLUMES, ids=lambda small: small.name)
-def test_small_blocks_swapped(small: Small) -> None:
+def test_small_blocks_swapped(small: Small, record_property: Callable[[str, object], None]) -> None:
     """Every two blocks of 128 bytes."""
     counted = _swap(small, 128, 1)
+    record_property("tampered volumes", counted.total())
     count = small.size // 128
-    print(f"{small.name}: {dict(counted)}")
     assert counted.total() == count * (count - 1) // 2
 
 
@@ -268,8 +269,9 @@ def _put_back(small: Small, sets: int) -> Counter[str]:
 
 
 @pytest.mark.parametrize("small", VOLUMES, ids=lambda small: small.name)
-def test_old_blocks_put_back(small: Small) -> None:
+def test_old_blocks_put_back(small: Small, record_property: Callable[[str, object], None]) -> None:
     counted = _put_back(small, 40)
+    record_property("tampered volumes", counted.total())
     assert counted["refused"] > 100
     assert counted["an older state, wholly"] >= 5
 
@@ -277,7 +279,7 @@ def test_old_blocks_put_back(small: Small) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("small", VOLUMES, ids=lambda small: small.name)
-def test_old_blocks_put_back_at_length(small: Small) -> None:
+def test_old_blocks_put_back_at_length(small: Small, record_property: Callable[[str, object], None]) -> None:
     counted = _put_back(small, 3000)
-    print(f"{small.name}: {dict(counted)}")
+    record_property("tampered volumes", counted.total())
     assert counted.total() > 15000
