@@ -21,6 +21,7 @@ from svsm.formats.errors import StateError
 from svsm.storage.cocoonfs import Decision, FoundJournal, Volume
 from svsm.storage.cocoonfs.check import check
 from svsm.storage.drivers.memory import MemoryDevice
+from tests.cocoonfs_support import content
 from tests.interop.cocoonfs_cases import ALGORITHMS, Case, case_of
 from tests.interop.cocoonfs_tool import Tool
 
@@ -54,14 +55,10 @@ class Met:
     new: int = 0
 
 
-def _data(seed: str, length: int) -> bytes:
-    return hashlib.shake_128(seed.encode()).digest(length)
-
-
 CHANGES: dict[str, Callable[[Tool], None]] = {
-    "create": lambda tool: tool.write(1 << 40, _data("created", 1500), 7),
-    "replace": lambda tool: tool.write(17, _data("replaced", 1200), 1),
-    "grow": lambda tool: tool.write(18, _data("grown", 9000), 2),
+    "create": lambda tool: tool.write(1 << 40, content("created", 1500), 7),
+    "replace": lambda tool: tool.write(17, content("replaced", 1200), 1),
+    "grow": lambda tool: tool.write(18, content("grown", 9000), 2),
     "unlink": lambda tool: tool.remove(17),
     "auxiliary metadata": lambda tool: tool.edit_aux("add-entry", str(KIND), data=b"added", key=True),
 }
@@ -70,7 +67,7 @@ CHANGES: dict[str, Callable[[Tool], None]] = {
 def _prepare(tool: Tool, case: Case) -> None:
     tool.run("mkfs", "-K", KEY.hex(), *case.options, "-n")
     for inode in (16, 17, 18):
-        tool.write(inode, _data(f"{case.seed} {inode}", 500 * (inode - 15)), inode)
+        tool.write(inode, content(f"{case.seed} {inode}", 500 * (inode - 15)), inode)
     tool.edit_aux("add-entry", str(uuid.UUID(int=1 << 96 | 9)), data=b"there", key=True)
 
 

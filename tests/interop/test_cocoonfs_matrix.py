@@ -27,6 +27,7 @@ from svsm.storage.cocoonfs import AuxMetadata, Expected, Volume, provision, read
 from svsm.storage.cocoonfs.check import check
 from svsm.storage.cocoonfs.offline import read_aux
 from svsm.storage.drivers.memory import MemoryDevice
+from tests.cocoonfs_support import content
 from tests.interop.cocoonfs_cases import ALGORITHMS, Case, case_of
 from tests.interop.cocoonfs_tool import Tool
 
@@ -36,10 +37,6 @@ A, B = (uuid.UUID(int=n << 96 | 9) for n in (1, 2))
 IMAGES_PER_CASE = 5
 QUICK, LONG = range(13), range(13, 120)
 Files = dict[int, tuple[int, bytes]]
-
-
-def _data(seed: str, length: int) -> bytes:
-    return hashlib.shake_128(seed.encode()).digest(length)
 
 
 def test_what_is_promised() -> None:
@@ -66,10 +63,10 @@ def _apply(files: Files, changes: dict[int, bytes | None]) -> None:
 
 def _steps(case: Case, who: str, count: int) -> list[dict[int, bytes | None]]:
     """Create; then replace, grow, remove."""
-    made: dict[int, bytes | None] = {16 + n: _data(f"{case.seed} {who} {n}", 397 * n % 3000) for n in range(count)}
+    made: dict[int, bytes | None] = {16 + n: content(f"{case.seed} {who} {n}", 397 * n % 3000) for n in range(count)}
     replaced = {
-        17: _data(f"{case.seed} {who} replaced", 300),
-        18: _data(f"{case.seed} {who} grown", 9000),
+        17: content(f"{case.seed} {who} replaced", 300),
+        18: content(f"{case.seed} {who} grown", 9000),
         19: None,
         1 << 40: b"far",
     }
@@ -145,12 +142,12 @@ def _ours_first(case: Case, tool: Tool) -> int:
     for changes in _steps(case, "ours", 70 if case.many else 8):
         _write_ours(volume, files, changes)
     with volume.transaction() as transaction:
-        aux = aux.add(B, _data(f"{case.seed} b", 40))
+        aux = aux.add(B, content(f"{case.seed} b", 40))
         transaction.set_aux(aux)
     _they_agree(tool, device, files, aux, 4)
     # A commit that is pending: they carry it out.
     transaction = volume.transaction()
-    pending: dict[int, bytes | None] = {16: _data("pending", 700), 21: None, 900: _data("new", 5000)}
+    pending: dict[int, bytes | None] = {16: content("pending", 700), 21: None, 900: content("new", 5000)}
     for inode, data in pending.items():
         transaction.unlink(inode) if data is None else transaction.write(inode, data, inode % 256)
     transaction.prepare()
@@ -173,7 +170,7 @@ def _theirs_first(case: Case, tool: Tool) -> int:
     aux = AuxMetadata().add(A, b"a")
     volume = _we_agree(device, files, aux)
     assert (volume.layout, volume.salt) == (case.layout, case.salt)
-    _write_ours(volume, files, {17: b"ours", 20: None, 1 << 50: _data("large", 7000)})
+    _write_ours(volume, files, {17: b"ours", 20: None, 1 << 50: content("large", 7000)})
     with volume.transaction() as transaction:
         transaction.set_aux(volume.aux.add(B, b"ours"))
     _we_agree(device, files, aux.add(B, b"ours"))

@@ -14,15 +14,12 @@ from svsm.storage.cocoonfs import AuxMetadata, Expected, Volume, provision, read
 from svsm.storage.cocoonfs.offline import read_aux, write_aux
 from svsm.storage.cocoonfs.presets import layout_of
 from svsm.storage.drivers.memory import MemoryDevice
+from tests.cocoonfs_support import content
 from tests.interop.cocoonfs_tool import Tool
 
 pytestmark = pytest.mark.interop
 KEY = hashlib.sha256(b"provisioning interop").digest()
 A, B, C, D = (uuid.UUID(int=n << 96 | 9) for n in (1, 2, 3, 4))
-
-
-def _data(seed: str, length: int) -> bytes:
-    return hashlib.shake_128(seed.encode()).digest(length)
 
 
 @pytest.fixture
@@ -36,7 +33,7 @@ def _entries(aux: AuxMetadata) -> list[tuple[uuid.UUID, bytes]]:
 
 @pytest.mark.parametrize("reserve", [None, 1024])
 def test_they_format_what_we_announce(tool: Tool, reserve: int | None) -> None:
-    aux = AuxMetadata(reserve_bytes=reserve).add(B, _data("b", 700)).add(A, b"")
+    aux = AuxMetadata(reserve_bytes=reserve).add(B, content("b", 700)).add(A, b"")
     device = MemoryDevice(64 << 10, block_size_bytes=128)
     provision(device, salt=b"\xdd\xee", aux=aux)
     tool.give(device)
@@ -48,7 +45,7 @@ def test_they_format_what_we_announce(tool: Tool, reserve: int | None) -> None:
 
 def test_we_format_what_they_announce(tool: Tool) -> None:
     tool.run("write-mkfs-info-header", "-I", "ddee", "-H", "sha3", "-C", "camellia", "-t", "256", "-s", "128K")
-    tool.edit_aux("add-entry", str(B), data=_data("b", 700))
+    tool.edit_aux("add-entry", str(B), data=content("b", 700))
     device = tool.take()
     layout = layout_of("sha3", "camellia", 256)
     info = read_creation_info(device)
@@ -58,7 +55,7 @@ def test_we_format_what_they_announce(tool: Tool) -> None:
         transaction.write(16, b"ours")
     tool.give(device)
     assert tool.read(16) == b"ours"
-    assert tool.aux() == [(B, _data("b", 700))]
+    assert tool.aux() == [(B, content("b", 700))]
     tool.edit_aux("add-entry", str(A), data=b"more")
     assert read_aux(tool.take()).of(A) == (b"more",)
 
@@ -75,7 +72,7 @@ def test_auxiliary_metadata_in_turn(tool: Tool, seed: int) -> None:
         Volume.create(device, KEY, salt=b"x", aux=aux)
     for turn in range(8):
         with_key = rng.random() < 0.5 or not aux.reserve_bytes
-        kind, data = rng.choice([A, B, C, D]), _data(f"{seed} {turn}", rng.choice([0, 30, 300]))
+        kind, data = rng.choice([A, B, C, D]), content(f"{seed} {turn}", rng.choice([0, 30, 300]))
         changed = aux.remove(aux.entries[-1].kind) if len(aux.entries) > 2 else aux.add(kind, data)
         if turn % 2:
             if with_key:

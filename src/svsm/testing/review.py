@@ -87,9 +87,9 @@ class Review:
         head: What the page says before its tables.
         attacker: "device" or "controller", for the heading of a column.
         rebuilt: What must be imported again with a changed driver, beside the drivers.
-        attacks: The module of the cases.
-        cases: Those of that module whose names are given.
         targets: The fuzz target by module; "" for every other one.
+        attacks: The module of the cases; "" where only fuzzers notice.
+        cases: Those of that module whose names are given.
         fuzzers: The module that has those, and what it is made of that must be imported again as well.
     """
 
@@ -99,10 +99,14 @@ class Review:
     head: str
     attacker: str
     rebuilt: tuple[str, ...]
-    attacks: str
-    cases: Callable[[ModuleType, Sequence[str]], Iterable[Case]]
     targets: Mapping[str, str]
+    attacks: str = ""
+    cases: Callable[[ModuleType, Sequence[str]], Iterable[Case]] | None = None
     fuzzers: tuple[str, ...] = ("svsm.fuzz.disks.rows", "svsm.fuzz.disks")
+
+    def cases_of(self, names: Sequence[str]) -> Iterable[Case]:
+        """The cases of these attacks, of the module as it is imported now."""
+        return () if self.cases is None else self.cases(importlib.import_module(self.attacks), names)
 
     def target_of(self, row: Row) -> str:
         """The fuzz target that must find the removal of this row's check; "" where there is nothing to find."""
@@ -226,7 +230,7 @@ def without(review: Review, row: Row, *, rebuilt: tuple[str, ...] = ()) -> Itera
 def notices(review: Review, row: Row) -> str:
     """The first attack of a row that goes another way without the check, as "name: what came of it"; or ""."""
     with without(review, row):
-        for case in review.cases(importlib.import_module(review.attacks), row.attacks):
+        for case in review.cases_of(row.attacks):
             try:
                 outcome = case.run()
             except Exception as error:

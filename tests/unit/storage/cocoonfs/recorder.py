@@ -12,28 +12,12 @@ from svsm.storage.cocoonfs import Decision, FoundJournal, ImageLayout, Volume
 from svsm.storage.cocoonfs.layout import DEFAULT_LAYOUT
 from svsm.storage.cocoonfs.presets import layout_of
 from svsm.testing.powercut import PowerCutDisk
+from tests.cocoonfs_support import fixed_random
 from tests.unit.storage.cocoonfs.cuts import Judge, Outcome, WatchedDevice, Workload
 
-__all__ = ["CONFIGURATIONS", "KEY", "Configuration", "Recorder", "content", "fixed_random", "judge", "state_of"]
+__all__ = ["CONFIGURATIONS", "KEY", "Configuration", "Recorder", "judge", "state_of"]
 
 KEY = b"cuts"
-
-
-def content(seed: str, length: int) -> bytes:
-    """Bytes that only this seed gives."""
-    return hashlib.shake_128(seed.encode()).digest(length)
-
-
-def fixed_random(seed: str = "random") -> Callable[[int], bytes]:
-    """A source that gives the same bytes in the same order each time."""
-    counter = 0
-
-    def draw(length: int) -> bytes:
-        nonlocal counter
-        counter += 1
-        return content(f"{seed} {counter}", length)
-
-    return draw
 
 
 @dataclass(frozen=True, slots=True)

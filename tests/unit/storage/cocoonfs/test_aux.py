@@ -19,15 +19,12 @@ from svsm.storage.cocoonfs.layout import DEFAULT_LAYOUT, ImageLayout
 from svsm.storage.cocoonfs.offline import read_aux, write_aux
 from svsm.storage.drivers.memory import MemoryDevice
 from svsm.testing.powercut import PowerCutDisk, crash_images
+from tests.cocoonfs_support import content
 from tests.unit.storage.cocoonfs.fsck import check, image_of
 
 KEY = b"aux key"
 A, B, C, D = (uuid.UUID(int=n << 96 | 7) for n in (1, 2, 3, 4))
 FILE = hashlib.shake_128(b"a file").digest(3000)
-
-
-def _data(seed: str, length: int) -> bytes:
-    return hashlib.shake_128(seed.encode()).digest(length)
 
 
 def _code(call: Callable[..., object], *arguments: object) -> str:
@@ -101,7 +98,7 @@ def test_online(reserve: int | None) -> None:
     start = AuxMetadata(reserve_bytes=reserve)
     device, volume = _volume(start, size=256 << 10)
     assert volume.aux == (start if reserve else NO_METADATA)
-    wanted = start.add(B, _data("b", 300)).add(A, _data("a", 9000))
+    wanted = start.add(B, content("b", 300)).add(A, content("a", 9000))
     _set(volume, wanted)
     for opened in (volume, Volume.open(device, KEY)):
         assert opened.aux == wanted
@@ -150,7 +147,7 @@ def test_full() -> None:
 def test_offline() -> None:
     device, _ = _volume(AuxMetadata(reserve_bytes=1024))
     root = Volume.open(device, KEY).root_digest
-    wanted = AuxMetadata(reserve_bytes=1024).add(A, _data("a", 500))
+    wanted = AuxMetadata(reserve_bytes=1024).add(A, content("a", 500))
     write_aux(device, wanted)
     assert read_aux(device) == wanted
     assert _code(write_aux, device, wanted.add(B, bytes(1000))) == "cocoonfs-aux-full"
@@ -206,8 +203,8 @@ def _crash_offline(changes: Iterable[AuxMetadata], start: AuxMetadata, block_siz
 
 def test_crash_offline(record_property: Callable[[str, object], None]) -> None:
     start = AuxMetadata(reserve_bytes=1024)
-    one = start.add(A, _data("a", 400))
-    count = _crash_offline([one, one.add(B, _data("b", 300))], start, 512, 1)
+    one = start.add(A, content("a", 400))
+    count = _crash_offline([one, one.add(B, content("b", 300))], start, 512, 1)
     record_property("crash cases", count)
     assert count > 40
 
@@ -216,21 +213,21 @@ def test_crash_offline(record_property: Callable[[str, object], None]) -> None:
 @pytest.mark.parametrize("block_size", [128, 512])
 @pytest.mark.parametrize("reserve", [1024, 12_000])
 def test_crash_offline_at_length(block_size: int, reserve: int, record_property: Callable[[str, object], None]) -> None:
-    start = AuxMetadata(reserve_bytes=reserve).add(A, _data("a", 200))
-    one = start.add(B, _data("b", reserve // 3))
-    changes = [one, one.remove(A), one.replace(B, _data("c", reserve // 2)), start]
+    start = AuxMetadata(reserve_bytes=reserve).add(A, content("a", 200))
+    one = start.add(B, content("b", reserve // 3))
+    changes = [one, one.remove(A), one.replace(B, content("c", reserve // 2)), start]
     count = _crash_offline(changes, start, block_size, 100)
     record_property("crash cases", count)
     assert count > (200 if reserve == 1024 else 900)
 
 
 def _crash_online(block_size: int, samples: int) -> int:
-    start = AuxMetadata(reserve_bytes=512).add(A, _data("a", 200))
+    start = AuxMetadata(reserve_bytes=512).add(A, content("a", 200))
     device, _ = _volume(start, block_size=block_size)
     initial = bytes(device.data)
     disk = PowerCutDisk(initial, block_size=block_size)
     volume = Volume.open(disk, KEY)
-    states = [start, start.add(B, _data("b", 1500)), start.add(B, b"b").remove(A)]
+    states = [start, start.add(B, content("b", 1500)), start.add(B, b"b").remove(A)]
     for number, aux in enumerate(states[1:]):
         disk.mark(f"started {number}")
         _set(volume, aux)

@@ -7,8 +7,7 @@ whose device fails, what is discarded, and that a torn head is cleared.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 
 import pytest
 
@@ -16,24 +15,10 @@ from svsm.formats.errors import SvsmError
 from svsm.storage.cocoonfs import Probe, Volume, probe
 from svsm.storage.drivers.memory import MemoryDevice
 from svsm.testing.powercut import CrashImage, PowerCutDisk, crash_images
+from tests.cocoonfs_support import content, fixed_random
 
 KEY = b"crash key"
 Files = dict[int, tuple[int, bytes]]
-
-
-def _content(seed: str, length: int) -> bytes:
-    return hashlib.shake_128(seed.encode()).digest(length)
-
-
-def _random() -> Callable[[int], bytes]:
-    counter = 0
-
-    def draw(length: int) -> bytes:
-        nonlocal counter
-        counter += 1
-        return _content(f"random {counter}", length)
-
-    return draw
 
 
 def _files(volume: Volume) -> Files:
@@ -42,18 +27,18 @@ def _files(volume: Volume) -> Files:
 
 def _base(block_size: int = 512) -> bytes:
     device = MemoryDevice(64 << 10, block_size_bytes=block_size)
-    volume = Volume.create(device, KEY, salt=b"salt", random=_random())
+    volume = Volume.create(device, KEY, salt=b"salt", random=fixed_random())
     with volume.transaction() as transaction:
-        transaction.write(16, _content("sixteen", 1500), 1)
-        transaction.write(17, _content("seventeen", 900), 2)
-        transaction.write(18, _content("eighteen", 60), 3)
+        transaction.write(16, content("sixteen", 1500), 1)
+        transaction.write(17, content("seventeen", 900), 2)
+        transaction.write(18, content("eighteen", 60), 3)
     return bytes(device.data)
 
 
 Changes = dict[int, bytes | None]
 TRANSACTIONS: list[Changes] = [
-    {16: _content("new sixteen", 1800), 18: None, 19: _content("nineteen", 100)},
-    {16: _content("newer sixteen", 1500), 17: _content("new seventeen", 1000)},
+    {16: content("new sixteen", 1800), 18: None, 19: content("nineteen", 100)},
+    {16: content("newer sixteen", 1500), 17: content("new seventeen", 1000)},
 ]
 
 
@@ -80,7 +65,7 @@ class Recording:
     ) -> None:
         self.initial = _base(block_size) if base is None else base
         disk = PowerCutDisk(self.initial, block_size=block_size)
-        volume = Volume.open(disk, KEY, random=_random(), trim=trim)
+        volume = Volume.open(disk, KEY, random=fixed_random(), trim=trim)
         self.states = [_files(volume)]
         for number, changes in enumerate(transactions):
             disk.mark(f"started {number}")
@@ -116,7 +101,7 @@ class Recording:
 def test_replay_discards_what_is_free_only() -> None:
     """A journal with trims, carried out at open: the discarded blocks are free, and a power cut at any time is well."""
     disk = PowerCutDisk(_base())
-    volume = Volume.open(disk, KEY, random=_random(), trim=True)
+    volume = Volume.open(disk, KEY, random=fixed_random(), trim=True)
     old_used = volume.image.used
     transaction = volume.transaction()
     for inode, data in TRANSACTIONS[0].items():
@@ -141,7 +126,7 @@ def test_torn_head_is_cleared_first() -> None:
     recording = Recording(128, TRANSACTIONS[:1])
     head_offset = 1024
     torn = bytearray(recording.initial)
-    torn[head_offset : head_offset + 64] = b"CCFSJRNL" + _content("torn", 56)
+    torn[head_offset : head_offset + 64] = b"CCFSJRNL" + content("torn", 56)
     again = Recording(128, TRANSACTIONS[:1], bytes(torn))
     assert again.barriers == recording.barriers + 1
     assert again.disk.events[1] == (head_offset, bytes(128))
@@ -153,7 +138,7 @@ def test_crash_while_creating() -> None:
     """A creation that was cut off leaves no magic, on a blank disk and over an older volume alike."""
     for initial in (bytes(64 << 10), _base()):
         disk = PowerCutDisk(initial)
-        Volume.create(disk, KEY, salt=b"salt", random=_random())
+        Volume.create(disk, KEY, salt=b"salt", random=fixed_random())
         old = _files(Volume.open(MemoryDevice(initial), KEY)) if any(initial) else None
         outcomes = set()
         for image in crash_images(initial, disk.events, samples=6):
@@ -169,7 +154,7 @@ def test_crash_while_creating() -> None:
 def test_barriers_of_creation_are_needed() -> None:
     initial = _base()
     disk = PowerCutDisk(initial, block_size=128)
-    Volume.create(disk, KEY, salt=b"salt", random=_random())
+    Volume.create(disk, KEY, salt=b"salt", random=fixed_random())
     assert disk.flushes == 3
     old = _files(Volume.open(MemoryDevice(initial, block_size_bytes=128), KEY))
 
@@ -205,7 +190,7 @@ def test_errors_of_the_device(kind: str) -> None:
     outcomes = set()
     for number in range(total):
         disk = PowerCutDisk(calm.initial)
-        volume = Volume.open(disk, KEY, random=_random())
+        volume = Volume.open(disk, KEY, random=fixed_random())
         reads = disk.reads
         orders = {"read": "fail_reads", "write": "fail_writes", "flush": "fail_flushes"}
         setattr(disk, orders[kind], [number + (reads if kind == "read" else 0)])
@@ -235,7 +220,7 @@ def test_power_cut_at_each_write() -> None:
     calm = Recording(512)
     for number in range(calm.disk.writes):
         disk = PowerCutDisk(calm.initial, cut_at_write=number)
-        volume = Volume.open(disk, KEY, random=_random())
+        volume = Volume.open(disk, KEY, random=fixed_random())
         with pytest.raises(SvsmError):
             _carry_out(volume, TRANSACTIONS)
         assert disk.dead

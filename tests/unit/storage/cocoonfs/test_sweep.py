@@ -25,6 +25,7 @@ from svsm.storage.cocoonfs.check import Severity, check
 from svsm.storage.cocoonfs.layout import DEFAULT_LAYOUT
 from svsm.storage.cocoonfs.presets import layout_of
 from svsm.storage.drivers.memory import MemoryDevice
+from tests.cocoonfs_support import content
 from tests.unit.storage.cocoonfs.cuts import Judgements, Outcome, WatchedDevice
 from tests.unit.storage.cocoonfs.regions import unauthenticated
 
@@ -54,12 +55,8 @@ VOLUMES = (
 )
 
 
-def _content(seed: str, length: int) -> bytes:
-    return hashlib.shake_128(seed.encode()).digest(length)
-
-
 def _random() -> Iterable[bytes]:
-    return (_content(f"random {number}", 1 << 16) for number in itertools.count())
+    return (content(f"random {number}", 1 << 16) for number in itertools.count())
 
 
 def _volume(small: Small) -> list[bytes]:
@@ -77,8 +74,8 @@ def _volume(small: Small) -> list[bytes]:
     media = [bytes(device.data)]
     for turn in range(3):
         transaction = volume.transaction()
-        transaction.write(16, _content(f"sixteen {turn}", 300), turn)
-        transaction.write(17, _content(f"seventeen {turn}", 10 * turn))
+        transaction.write(16, content(f"sixteen {turn}", 300), turn)
+        transaction.write(17, content(f"seventeen {turn}", 10 * turn))
         if turn == 1:
             transaction.write(18, b"eighteen")
         if turn == 2:
@@ -177,7 +174,7 @@ def _blocks(content: bytes, size: int) -> list[bytes]:
     return [content[at : at + size] for at in range(0, len(content), size)]
 
 
-def _swap(small: Small, size: int, step: int) -> Counter[str]:
+def _swap(small: Small, size: int) -> Counter[str]:
     content = _volume(small)[-1]
     outside = set().union(*unauthenticated(content, KEY).values())
     judgements = Judgements(_look, 128)
@@ -186,7 +183,7 @@ def _swap(small: Small, size: int, step: int) -> Counter[str]:
     blocks = _blocks(content, size)
     free = [outside.issuperset(range(at * size, (at + 1) * size)) for at in range(len(blocks))]
     counted: Counter[str] = Counter()
-    for one, other in itertools.islice(itertools.combinations(range(len(blocks)), 2), 0, None, step):
+    for one, other in itertools.combinations(range(len(blocks)), 2):
         mixed = list(blocks)
         mixed[one], mixed[other] = mixed[other], mixed[one]
         same = all(
@@ -210,7 +207,7 @@ def _swap(small: Small, size: int, step: int) -> Counter[str]:
 @pytest.mark.parametrize("small", VOLUMES, ids=lambda small: small.name)
 def test_blocks_swapped(small: Small, record_property: Callable[[str, object], None]) -> None:
     """Every two blocks of 512 bytes."""
-    counted = _swap(small, 512, 1)
+    counted = _swap(small, 512)
     record_property("tampered volumes", counted.total())
     count = small.size // 512
     assert counted.total() == count * (count - 1) // 2
@@ -221,7 +218,7 @@ def test_blocks_swapped(small: Small, record_property: Callable[[str, object], N
 @pytest.mark.parametrize("small", VOLUMES, ids=lambda small: small.name)
 def test_small_blocks_swapped(small: Small, record_property: Callable[[str, object], None]) -> None:
     """Every two blocks of 128 bytes."""
-    counted = _swap(small, 128, 1)
+    counted = _swap(small, 128)
     record_property("tampered volumes", counted.total())
     count = small.size // 128
     assert counted.total() == count * (count - 1) // 2

@@ -30,9 +30,10 @@ from svsm.storage.cocoonfs.offline import read_aux, write_aux
 from svsm.storage.cocoonfs.repair import repair
 from svsm.storage.drivers.memory import MemoryDevice
 from svsm.testing.powercut import PowerCutDisk
+from tests.cocoonfs_support import content, fixed_random
 from tests.unit.storage.cocoonfs.cuts import Outcome, WatchedDevice, Workload
 from tests.unit.storage.cocoonfs.faulty import commit_with_a_fault, leak
-from tests.unit.storage.cocoonfs.recorder import KEY, Configuration, Recorder, content, fixed_random, judge, state_of
+from tests.unit.storage.cocoonfs.recorder import KEY, Configuration, Recorder, judge, state_of
 
 __all__ = ["WORKLOADS"]
 
